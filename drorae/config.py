@@ -1,0 +1,320 @@
+"""Configuration as frozen dataclasses: JSON round trip, digest, override by path, field documentation.
+
+Every configuration class lies beside the code that it configures; this module knows none of them. It imports only the
+standard library, so that planning a run needs no torch. `Compute` lives here because it belongs to no stage: it says how a
+stage runs (workers, threads, checkpoint intervals), never what it computes, and is therefore part of no stage key.
+"""
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+__all__ = [
+    "Compute",
+    "FieldDoc",
+    "canonical_json",
+    "digest",
+    "field_docs",
+    "flatten",
+    "from_json",
+    "override",
+    "to_json",
+]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compute:
+    """How stages run on this machine or cluster. No stage key depends on it."""
+
+    num_workers: int = 1
+    """Ray Train workers of a training stage. The order of samples does not depend on it."""
+    threads_per_worker: int = 2
+    """CPU threads that torch may use in one worker."""
+    use_gpu: bool = False
+    """Give each worker one GPU (nccl); otherwise CPU (gloo)."""
+    data_actors: int = 1
+    """Ray Data actors that shard, encode or sample at the same time."""
+    parallel_stages: int = 2
+    """Stages that may run at the same time when the graph allows it (embedded runs)."""
+    log_every_steps: int = 10
+    """Steps between two log points; each costs one host synchronisation."""
+    save_every_steps: int = 500
+    """Steps between two training checkpoints."""
+    save_every_s: float = 600.0
+    """Seconds after which a checkpoint is written even if `save_every_steps` is not reached."""
+    keep_checkpoints: int = 2
+    """Training checkpoints kept per stage; older ones are deleted after a newer one is complete."""
+    max_failures: int = 3
+    """Restarts of the Ray Train worker group from the last checkpoint before the stage fails."""
+    collective_timeout_s: float = 600.0
+    """Longest wait of a rank for the others before it is declared hung. Ray's own default is no limit."""
+    cache_path: str = ""
+    """Folder for hidden-state caches and downloads; empty: beside a local workspace, else the user's cache."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("num_workers", "threads_per_worker", "data_actors", "parallel_stages"):
+            _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
+        for name in ("log_every_steps", "save_every_steps", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
+        _require(self.max_failures >= 0, "compute.max_failures", self.max_failures, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FieldDoc:
+    """One line of a configuration listing."""
+
+    path: str
+    value: Any
+    doc: str
+
+
+def _require(ok: bool, name: str, value: Any, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r} is out of range: expected {expected}.")
+
+
+def to_json(value: Any) -> Any:
+    """Turn a configuration into dicts, lists and scalars.
+
+    Raises:
+        ValueError: For a value that JSON cannot hold exactly (a non-finite float, an unknown type).
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value!r} cannot be stored as JSON: expected a finite number.")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(
+        f"{type(value).__name__} cannot be stored as JSON: expected dataclass, list, dict or scalar."
+    )
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no white space: equal configurations give equal text."""
+    return json.dumps(to_json(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """Sha256 (hex) of the canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def from_json(cls: type[T], data: Any, path: str = "") -> T:
+    """Rebuild a configuration from `to_json` output, checking names and types.
+
+    Args:
+        cls: Dataclass to build.
+        data: Parsed JSON.
+        path: Where `data` lies in the whole configuration; appears in errors.
+
+    Raises:
+        ValueError: Unknown or missing field, or a value of the wrong type; names the path.
+    """
+    return _coerce(cls, data, path or cls.__name__)
+
+
+def _coerce(kind: Any, value: Any, path: str) -> Any:
+    origin = get_origin(kind)
+    if kind is Any:
+        return value
+    if origin is Literal:
+        return _coerce_literal(kind, value, path)
+    if origin in (Union, types.UnionType):
+        return _coerce_union(kind, value, path)
+    if origin is tuple:
+        return _coerce_tuple(kind, value, path)
+    if origin is list:
+        return list(_coerce_tuple(tuple[(*get_args(kind), ...)], value, path))
+    if origin in (dict, Mapping):
+        return dict(value)
+    if dataclasses.is_dataclass(kind):
+        return _coerce_dataclass(kind, value, path)
+    return _coerce_scalar(kind, value, path)
+
+
+def _coerce_literal(kind: Any, value: Any, path: str) -> Any:
+    if value in get_args(kind):
+        return value
+    raise ValueError(f"{path}={value!r} is not a choice: expected one of {list(get_args(kind))}.")
+
+
+def _coerce_union(kind: Any, value: Any, path: str) -> Any:
+    options = get_args(kind)
+    if value is None and type(None) in options:
+        return None
+    problems = []
+    for option in options:
+        if option is type(None):
+            continue
+        try:
+            return _coerce(option, value, path)
+        except ValueError as error:
+            problems.append(str(error))
+    raise ValueError(
+        problems[0] if len(problems) == 1 else f"{path}={value!r} fits no allowed type: {problems}"
+    )
+
+
+def _coerce_tuple(kind: Any, value: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{path}={value!r} has the wrong type: expected a list such as [1,2].")
+    args = get_args(kind)
+    if len(args) == 2 and args[1] is Ellipsis:
+        return tuple(_coerce(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+    if len(value) != len(args):
+        raise ValueError(f"{path} has {len(value)} entries: expected {len(args)}.")
+    return tuple(
+        _coerce(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
+    )
+
+
+def _coerce_dataclass(kind: Any, value: Any, path: str) -> Any:
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"{path}={value!r} has the wrong type: expected the fields of {kind.__name__}."
+        )
+    hints = get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind)]
+    unknown = [k for k in value if k not in names]
+    if unknown:
+        raise ValueError(f"{path}.{unknown[0]} is no field.{_suggest(unknown[0], names)}")
+    fields = {k: _coerce(hints[k], v, f"{path}.{k}") for k, v in value.items()}
+    missing = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.name not in fields
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{path} lacks the field {missing[0]!r}: give all of {missing}.")
+    return kind(**fields)
+
+
+def _coerce_scalar(kind: Any, value: Any, path: str) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"{path}={value!r} has the wrong type: expected {kind.__name__}.")
+
+
+def override(config: T, assignments: Sequence[str]) -> T:
+    """Apply `section.field=value` assignments to a configuration.
+
+    A path may leave out inner sections when exactly one field fits: `fusion.expert_hidden` is
+    `fusion.model.expert_hidden`. Values are JSON (`1e-4`, `true`, `[1,2]`, `null`); what is no JSON is taken as text.
+
+    Raises:
+        ValueError: No `=`, unknown path (close matches are listed), ambiguous path, wrong type, or a value
+            that the configuration class refuses.
+    """
+    for assignment in assignments:
+        path, sign, text = assignment.partition("=")
+        if not sign or not path:
+            raise ValueError(f"{assignment!r} is no assignment: expected section.field=value.")
+        full = _resolve(config, path.strip())
+        config = _replace_at(config, full.split("."), _parse(text), full)
+    return config
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _paths(config: Any, prefix: str = "") -> Iterator[str]:
+    for f in dataclasses.fields(config):
+        value, path = getattr(config, f.name), f"{prefix}{f.name}"
+        yield path
+        if dataclasses.is_dataclass(value):
+            yield from _paths(value, f"{path}.")
+
+
+def _resolve(config: Any, path: str) -> str:
+    known = list(_paths(config))
+    if path in known:
+        return path
+    head, _, tail = path.partition(".")
+    fits = [p for p in known if tail and p.startswith(f"{head}.") and p.endswith(f".{tail}")]
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        raise ValueError(f"{path} is ambiguous: expected one of {fits}.")
+    raise ValueError(f"{path} is no configuration path.{_suggest(path, known)}")
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    last = name.rsplit(".", 1)[-1]
+    close += [p for p in known if p.rsplit(".", 1)[-1] == last and p not in close][:4]
+    if not close:
+        close = [p for p in known if "." not in p]
+    return f" Close matches: {', '.join(close)}."
+
+
+def _replace_at(config: Any, names: Sequence[str], value: Any, path: str) -> Any:
+    if len(names) == 1:
+        new = _coerce(get_type_hints(type(config))[names[0]], value, path)
+    else:
+        new = _replace_at(getattr(config, names[0]), names[1:], value, path)
+    return dataclasses.replace(config, **{names[0]: new})
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of a configuration by dotted path; lists become one text. For MLflow parameters."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value, path = getattr(config, f.name), f"{prefix}{f.name}"
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{path}.")
+        else:
+            flat[path] = (
+                canonical_json(value) if isinstance(value, list | tuple | Mapping) else value
+            )
+    return flat
+
+
+def field_docs(config: Any, prefix: str = "") -> list[FieldDoc]:
+    """Every leaf with its value and the text that stands under the field in the source."""
+    docs = _docs_of(type(config))
+    rows: list[FieldDoc] = []
+    for f in dataclasses.fields(config):
+        value, path = getattr(config, f.name), f"{prefix}{f.name}"
+        if dataclasses.is_dataclass(value):
+            rows += field_docs(value, f"{path}.")
+        else:
+            rows.append(FieldDoc(path=path, value=value, doc=docs.get(f.name, "")))
+    return rows
+
+
+def _docs_of(cls: type) -> dict[str, str]:
+    body = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs = {}
+    for field, text in zip(body.body, body.body[1:], strict=False):
+        is_field = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+        if is_field and is_text:
+            docs[field.target.id] = " ".join(str(text.value.value).split())  # pyright: ignore
+    return docs

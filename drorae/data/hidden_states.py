@@ -1,0 +1,215 @@
+"""Hidden states of a frozen encoder, computed on the fly or once.
+
+The encoder never changes during training, so its outputs can be kept: in memory for small sets, or
+as one memory-mapped file for every 512 images. All modes return the same float16-rounded numbers,
+so that the mode stays a question of speed.
+Size: layers * tokens * width * 2 bytes an image (2.4 MB for DINOv2-S, 4.7 MB for DINOv2-B at 256
+tokens).
+"""
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from drorae.config import digest
+from drorae.data.images import ImageShards
+from drorae.shapes import Float, Tensor, UInt8
+from drorae.store.context import StageContext
+from drorae.store.errors import is_s3
+from drorae.store.files import default_cache_path
+
+CacheMode = Literal["none", "memory", "disk"]
+"""Where hidden states are kept."""
+
+BLOCK_IMAGES = 512
+"""Images of one cache block."""
+
+_ENCODER_LOCK = (
+    threading.Lock()
+)  # encoders collect block outputs by hooks: one forward at a time, whatever the thread
+
+
+class HiddenEncoder(Protocol):
+    """What is needed of an encoder (`drorae.models.encoder.Encoder`)."""
+
+    def __call__(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch layers tokens width"]:
+        """Block outputs for pixels in [0, 1]."""
+        ...
+
+
+class HiddenStates:
+    """Hidden states by image id.
+
+    Args:
+        shards: The images.
+        encoder: Frozen encoder; must lie on the device on which it shall run.
+        mode: Where results are kept.
+        cache_path: Folder of mode `disk`; none: the user's cache.
+        encoder_key: Digest of the encoder; none: that of its configuration and weights.
+        batch_images: Images in one encoder call.
+
+    Raises:
+        ValueError: An unknown mode.
+    """
+
+    def __init__(
+        self,
+        shards: ImageShards,
+        encoder: HiddenEncoder,
+        mode: CacheMode = "none",
+        cache_path: str | Path | None = None,
+        *,
+        encoder_key: str | None = None,
+        batch_images: int = 32,
+    ) -> None:
+        if mode not in ("none", "memory", "disk"):
+            raise ValueError(
+                f"hidden-state mode {mode!r} is unknown: expected none, memory or disk."
+            )
+        self.shards = shards
+        self.mode = mode
+        self._encoder = encoder
+        self._batch_images = batch_images
+        self._blocks: dict[int, np.ndarray] = {}
+        self._folder = Path()
+        if mode == "disk":
+            key = encoder_key or encoder_digest(encoder)
+            self._folder = cache_folder(cache_path, shards, key)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    @property
+    def num_blocks(self) -> int:
+        """Cache blocks of the whole split."""
+        return -(-len(self) // BLOCK_IMAGES)
+
+    def read(self, ids: np.ndarray) -> Float[Tensor, "batch layers tokens width"]:
+        """Hidden states (float16, CPU) of the ids, in their order; missing blocks are computed.
+
+        Raises:
+            RuntimeError: A hidden state does not fit float16.
+        """
+        ids = np.asarray(ids, dtype=np.int64)
+        if self.mode == "none":
+            return torch.from_numpy(self._encode(ids))
+        rows = [self._block(int(i) // BLOCK_IMAGES)[int(i) % BLOCK_IMAGES] for i in ids]
+        return torch.from_numpy(np.stack(rows))
+
+    def fill(
+        self,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Compute this rank's share of the blocks now, instead of at first use.
+
+        With mode `memory` every rank holds its own copy, so each computes all of them.
+        """
+        if self.mode == "none":
+            return
+        mine = range(rank, self.num_blocks, world_size)
+        wanted = range(self.num_blocks) if self.mode == "memory" else mine
+        for done, number in enumerate(wanted, start=1):
+            self._block(number)
+            if on_progress is not None:
+                on_progress(done, len(wanted))
+
+    def _block(self, number: int) -> np.ndarray:
+        if number not in self._blocks:
+            if self.mode == "memory":
+                self._blocks[number] = self._compute(number)
+            else:
+                self._blocks[number] = self._from_disk(number)
+        return self._blocks[number]
+
+    def _compute(self, number: int) -> np.ndarray:
+        first = number * BLOCK_IMAGES
+        return self._encode(np.arange(first, min(first + BLOCK_IMAGES, len(self))))
+
+    def _from_disk(self, number: int) -> np.ndarray:
+        path = self._folder / f"block-{number:06d}.npy"
+        if not path.is_file():
+            _save(path, self._compute(number))
+        return np.load(path, mmap_mode="r")
+
+    @torch.no_grad()
+    def _encode(self, ids: np.ndarray) -> np.ndarray:
+        parts = []
+        for start in range(0, len(ids), self._batch_images):
+            images, _ = self.shards.read(ids[start : start + self._batch_images])
+            pixels = to_unit(images.to(_device(self._encoder)))
+            with _ENCODER_LOCK:
+                hidden = self._encoder(pixels)
+            parts.append(hidden.to(torch.float16).cpu())
+        stacked = torch.cat(parts)
+        if not bool(torch.isfinite(stacked).all()):
+            raise RuntimeError(
+                "hidden states exceed the range of float16 (65504): expected a bounded encoder. "
+                "Check the encoder weights and encoder.image_mean and image_std."
+            )
+        return stacked.numpy()
+
+
+def to_unit(images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+    """Pixels 0..255 to [0, 1]."""
+    return images.to(torch.float32) / 255.0
+
+
+def encoder_digest(encoder: HiddenEncoder) -> str:
+    """Digest of an encoder's configuration and weights.
+
+    Raises:
+        ValueError: The encoder states neither.
+    """
+    config = getattr(encoder, "config", None)
+    weights = getattr(encoder, "weights_digest", None)
+    if config is None or weights is None:
+        raise ValueError(
+            f"{type(encoder).__name__} has no config and weights_digest: pass encoder_key, "
+            "or use hidden-state mode none or memory."
+        )
+    return digest([config, weights()])
+
+
+def cache_folder(cache_path: str | Path | None, shards: ImageShards, encoder_key: str) -> Path:
+    """Folder of the disk cache of one split and encoder."""
+    name = f"{shards.key}-{shards.split}-{encoder_key[:24]}"
+    return Path(cache_path or default_cache_path()) / "hidden" / name
+
+
+def hidden_cache_path(ctx: StageContext) -> Path:
+    """Cache folder: `compute.cache_path`, else `cache` in a local workspace, else the user's."""
+    if ctx.compute.cache_path:
+        return Path(ctx.compute.cache_path)
+    if is_s3(ctx.output_uri):
+        return default_cache_path()
+    return Path(ctx.output_uri).parents[2] / "cache"
+
+
+def _device(encoder: HiddenEncoder) -> torch.device:
+    if isinstance(encoder, torch.nn.Module):
+        tensors = [*encoder.parameters(), *encoder.buffers()]
+        return tensors[0].device if tensors else torch.device("cpu")
+    return torch.device("cpu")
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            np.save(file, array)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

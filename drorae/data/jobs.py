@@ -1,0 +1,79 @@
+"""Configuration of the stages `shard` and `latents`; planning a run imports nothing heavier."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardJob:
+    """Which raw images become which shards."""
+
+    source: str
+    """Image folder, .tar (webdataset), .zip or .parquet file, a folder of those, local or s3://, or
+    `asset:cifar10`."""
+    val_source: str | None = None
+    """Separate source of validation images; none: `source` states its splits or `val_fraction`
+    makes one."""
+    val_fraction: float = 0.02
+    """Share of `source` that is validation, chosen by the hash of (seed, key). Ignored where splits
+    are given."""
+    resolution_px: int = 256
+    """Side of the stored square images in pixels. Paper: ImageNet at 256."""
+    crop: Literal["center", "resize"] = "center"
+    """`center`: ADM centre crop (RAE evaluation protocol); `resize`: squash to a square."""
+    max_train_images: int | None = None
+    """Cap of the training split, spread evenly over classes; none: all."""
+    max_val_images: int | None = None
+    """Cap of the validation split, spread evenly over classes; none: all."""
+    rows_per_shard: int = 4096
+    """Images in one Parquet shard; the last one may hold fewer. About 400 MB at 256 px."""
+    min_side_px: int = 16
+    """Images with a shorter side below this are rejected. The smallest ImageNet images have about
+    20 px."""
+    max_aspect_ratio: float = 20.0
+    """Images with a larger ratio of longer to shorter side are rejected: a centre crop shows
+    nothing of them."""
+    max_pixels: int = 100_000_000
+    """Images with more pixels are rejected before decoding (decompression bombs)."""
+    duplicates: Literal["reject", "keep"] = "reject"
+    """Files of equal content: keep the first only, or all, as published ImageNet protocols do."""
+    image_column: str = "image"
+    """Image column of Parquet sources."""
+    label_column: str = "label"
+    """Label column of Parquet sources."""
+    seed: int = 0
+    """Seed of the order, the split and the choice under a cap."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("resolution_px", "rows_per_shard", "min_side_px", "max_pixels"):
+            _require(getattr(self, name) >= 1, f"shard.{name}", getattr(self, name), "at least 1")
+        for name in ("max_train_images", "max_val_images"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"shard.{name}", value, "at least 1, or null")
+        _require(bool(self.source), "shard.source", self.source, "a path or URI")
+        _require(0 <= self.val_fraction < 1, "shard.val_fraction", self.val_fraction, "0 up to 1")
+        ratio = self.max_aspect_ratio
+        _require(ratio >= 1, "shard.max_aspect_ratio", ratio, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentJob:
+    """How training images are encoded once for the diffusion stages."""
+
+    dtype: Literal["float16"] = "float16"
+    """Stored number format; the relative rounding error is below 5e-4."""
+    batch_images: int = 32
+    """Images in one encoder call."""
+    flip: bool = False
+    """Store the latent of the mirrored image too, so that training can flip as RAE's stage 2
+    does."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(self.batch_images >= 1, "latents.batch_images", self.batch_images, "at least 1")
+
+
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r} is out of range: expected {expected}.")

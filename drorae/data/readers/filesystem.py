@@ -1,0 +1,121 @@
+"""Opening and walking local folders and object stores, symbolic-link loops included.
+
+Object stores go through fsspec; endpoint and keys come from the usual AWS_* variables.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+
+from drorae.store import s3
+from drorae.store.errors import is_s3
+
+
+def is_remote(uri: str) -> bool:
+    """Whether the place is an object store (has a scheme)."""
+    return "://" in uri
+
+
+def open_file(uri: str) -> BinaryIO:
+    """Open a local or remote file for random reading.
+
+    Raises:
+        FileNotFoundError: Nothing lies there.
+    """
+    if is_remote(uri):
+        file_system, path = _remote(uri)
+        return file_system.open(path, "rb")
+    return Path(uri).open("rb")
+
+
+def read_range(file: BinaryIO, offset: int, size_bytes: int) -> bytes:
+    """Read exactly `size_bytes` at an offset.
+
+    Raises:
+        OSError: The file ends before.
+    """
+    file.seek(offset)
+    data = file.read(size_bytes)
+    if len(data) != size_bytes:
+        raise OSError(f"file ends {size_bytes - len(data)} bytes early")
+    return data
+
+
+def walk(uri: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """Relative names of all files under a folder, and (name, reason) of what cannot be entered.
+
+    Symbolic links are followed; a link that leads to one of its own parents is reported, not
+    entered.
+
+    Raises:
+        FileNotFoundError: The folder does not exist.
+    """
+    if is_remote(uri):
+        return _walk_remote(uri), []
+    root = Path(uri)
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"source {uri!r} does not exist: expected a folder, .tar, .zip or .parquet file, "
+            "s3:// place or asset:NAME. Correct shard.source."
+        )
+    names: list[str] = []
+    rejects: list[tuple[str, str]] = []
+    for name, reason in _walk_local(root, "", (os.path.realpath(root),)):
+        if reason:
+            rejects.append((name, reason))
+        else:
+            names.append(name)
+    return sorted(names), sorted(rejects)
+
+
+def _walk_local(folder: Path, prefix: str, parents: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        yield prefix.rstrip("/"), f"folder cannot be read: {error.strerror}"
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        yield from _walk_entry(entry, f"{prefix}{entry.name}", parents)
+
+
+def _walk_entry(
+    entry: os.DirEntry[str], name: str, parents: tuple[str, ...]
+) -> Iterator[tuple[str, str]]:
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        yield name, "broken symbolic link"
+    elif not Path(entry.path).is_dir():
+        yield name, ""
+    else:
+        target = os.path.realpath(entry.path)
+        if target in parents:
+            yield name, "symbolic link loop"
+        else:
+            yield from _walk_local(Path(entry.path), f"{name}/", (*parents, target))
+
+
+def _remote(uri: str) -> tuple[Any, str]:
+    if is_s3(uri):
+        return s3.filesystem(), uri.removeprefix("s3://")
+    return fsspec.core.url_to_fs(uri)
+
+
+def _walk_remote(uri: str) -> list[str]:
+    file_system, root = _remote(uri)
+    root = root.rstrip("/")
+    paths = [path for path in file_system.find(root) if not path.endswith("/")]
+    if not paths:
+        raise FileNotFoundError(
+            f"source {uri!r} does not exist or is empty: expected objects under that prefix. "
+            "Correct shard.source, or AWS_ENDPOINT_URL and the keys."
+        )
+    names = [path[len(root) :].lstrip("/") for path in paths]
+    return sorted(name for name in names if not _is_hidden(name))
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))

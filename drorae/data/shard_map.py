@@ -1,0 +1,184 @@
+"""One Ray Data task a shard, with done markers: a rerun redoes only what is missing.
+
+Ray Data's own writers name files at random and may merge blocks, so workers write their files
+themselves, atomically and under fixed names, and return a small JSON result. The marker
+`done/<name>.json` is written after the worker's files; it holds that result.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+from drorae.config import Compute
+from drorae.store import files
+
+Progress = Callable[[int, int], None]
+"""Called with (shards done, shards in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """One unit of work."""
+
+    name: str
+    """Unique, deterministic name; also that of the done marker. No slashes."""
+    payload: dict[str, Any]
+    """JSON values that the worker needs."""
+
+
+class ShardWorker(Protocol):
+    """What runs in an actor: built once with `worker_args`, called once a shard."""
+
+    def __call__(self, task: ShardTask) -> dict[str, Any]:
+        """Do the work, write files, return a JSON result."""
+        ...
+
+
+class Executor(Protocol):
+    """Runs tasks somewhere and yields (name, result) as they finish."""
+
+    def __call__(
+        self,
+        tasks: Sequence[ShardTask],
+        worker: Callable[..., ShardWorker],
+        worker_args: tuple[Any, ...],
+        compute: Compute,
+        num_gpus: float,
+    ) -> Iterable[tuple[str, dict[str, Any]]]:
+        """Run all tasks."""
+        ...
+
+
+def map_shards(
+    tasks: Sequence[ShardTask],
+    worker: Callable[..., ShardWorker],
+    worker_args: tuple[Any, ...],
+    *,
+    work_uri: str,
+    compute: Compute,
+    on_progress: Progress | None = None,
+    num_gpus: float = 0.0,
+    executor: Executor | None = None,
+) -> list[dict[str, Any]]:
+    """Run a worker over all tasks that have no done marker yet.
+
+    Args:
+        tasks: Work units with unique names.
+        worker: Class built once in each actor.
+        worker_args: Arguments of the class.
+        work_uri: Folder of this stage's work files; markers go below it.
+        compute: Number of actors.
+        on_progress: Told about finished shards, those of earlier attempts included.
+        num_gpus: GPUs of one actor.
+        executor: Who runs the tasks; Ray Data unless given.
+
+    Returns:
+        Results in the order of the tasks.
+
+    Raises:
+        ValueError: Two tasks share a name.
+        RuntimeError: A task returned nothing.
+    """
+    names = [task.name for task in tasks]
+    if len(set(names)) != len(names):
+        raise ValueError(f"shard names repeat in {names[:8]}: expected one name a shard.")
+    done_uri = files.join(work_uri, "done")
+    results = _read_markers(done_uri, set(names))
+    missing = [task for task in tasks if task.name not in results]
+    report = on_progress or (lambda done, total: None)
+    report(len(results), len(tasks))
+    if missing:
+        run = executor or run_on_ray
+        marking = (worker, worker_args, done_uri)
+        for name, result in run(missing, _MarkingWorker, marking, compute, num_gpus):
+            results[name] = result
+            report(len(results), len(tasks))
+    lost = [name for name in names if name not in results]
+    if lost:
+        raise RuntimeError(
+            f"{len(lost)} shards returned no result, first {lost[0]!r}: run the stage again."
+        )
+    return [results[name] for name in names]
+
+
+class _MarkingWorker:
+    """Runs the inner worker, then writes the marker."""
+
+    def __init__(
+        self, worker: Callable[..., ShardWorker], worker_args: tuple[Any, ...], done_uri: str
+    ) -> None:
+        self._worker = worker(*worker_args)
+        self._done_uri = done_uri
+
+    def __call__(self, task: ShardTask) -> dict[str, Any]:
+        result = self._worker(task)
+        files.write_json(files.join(self._done_uri, f"{task.name}.json"), result)
+        return result
+
+
+def _read_markers(done_uri: str, names: set[str]) -> dict[str, dict[str, Any]]:
+    present = [name for name in files.list_files(done_uri) if name.endswith(".json")]
+    stems = {name.removesuffix(".json"): name for name in present}
+    return {
+        stem: files.read_json(files.join(done_uri, stems[stem])) for stem in stems if stem in names
+    }
+
+
+def run_in_process(
+    tasks: Sequence[ShardTask],
+    worker: Callable[..., ShardWorker],
+    worker_args: tuple[Any, ...],
+    compute: Compute,
+    num_gpus: float,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run tasks one by one in this process (an `Executor`): no Ray, for tests and debugging."""
+    built = worker(*worker_args)
+    for task in tasks:
+        yield task.name, built(task)
+
+
+def run_on_ray(
+    tasks: Sequence[ShardTask],
+    worker: Callable[..., ShardWorker],
+    worker_args: tuple[Any, ...],
+    compute: Compute,
+    num_gpus: float,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run tasks on a Ray Data actor pool, one block a task (an `Executor`)."""
+    # Ray starts slowly and a process that only reads shards never needs it.
+    import ray.data
+
+    from drorae.data.ray_session import connect_ray
+
+    connect_ray(compute)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    rows = [{"name": task.name, "payload": json.dumps(task.payload)} for task in tasks]
+    actors = min(compute.data_actors, len(tasks))
+    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        cast(Any, _RayRow),
+        fn_constructor_args=(worker, worker_args, compute.threads_per_worker),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
+        num_cpus=1,
+        num_gpus=num_gpus or None,
+    )
+    for row in results.iter_rows():
+        yield row["name"], json.loads(row["result"])
+
+
+class _RayRow:
+    """Adapter of a worker to rows of text: Arrow must not guess a schema from payloads."""
+
+    def __init__(
+        self, worker: Callable[..., ShardWorker], worker_args: tuple[Any, ...], threads: int
+    ) -> None:
+        import torch  # heavy: only in the actor
+
+        torch.set_num_threads(threads)
+        self._worker = worker(*worker_args)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        name = str(row["name"])
+        result = self._worker(ShardTask(name, json.loads(row["payload"])))
+        return {"name": name, "result": json.dumps(result)}

@@ -1,0 +1,304 @@
+"""Finished stages as usable models: load a tokenizer or a generator, reconstruct files, draw samples of a class.
+
+This is what the `drorae reconstruct` and `drorae sample` commands call, and what the evaluate stage is built on. Everything
+is read from stage outputs, whose `config.json` rebuilds the networks; nothing here knows a recipe.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from drorae.config import from_json
+from drorae.data.assets import asset_path
+from drorae.data.decoding import BadImage, ImageLimits, decode_image, to_square
+from drorae.diffusion.guidance import GuidanceConfig, guided_velocity_fn
+from drorae.diffusion.noise import sample_noise
+from drorae.diffusion.solvers import euler, heun
+from drorae.diffusion.times import TimeConfig, resolve_shift, time_grid
+from drorae.evaluation.grids import image_grid, to_hwc
+from drorae.evaluation.image_metrics import to_uint8, to_unit
+from drorae.models.autoencoder import denormalise_latent
+from drorae.models.decoder import Decoder, DecoderConfig
+from drorae.models.dit import DiT, DiTConfig
+from drorae.models.encoder import Encoder, EncoderConfig, build_encoder
+from drorae.models.fusion import FusionConfig, FusionOutput, build_fusion
+from drorae.models.layers import map_to_tokens
+from drorae.shapes import Float, Int, Tensor, UInt8
+from drorae.store.workspace import StageOutput
+
+__all__ = [
+    "DECODER_STAGES",
+    "Generator",
+    "SamplerSettings",
+    "Tokenizer",
+    "load_generator",
+    "load_tokenizer",
+    "reconstruct_files",
+    "sample_images",
+]
+
+DECODER_STAGES = ("decoder", "finetune", "control")
+FILE_LIMITS = ImageLimits(min_side_px=8, max_aspect_ratio=50.0, max_pixels=200_000_000)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerSettings:
+    """How one set of latents is drawn."""
+
+    guidance: GuidanceConfig
+    """Kind, scale and interval of guidance."""
+    sampler: Literal["euler", "heun"] = "euler"
+    """ODE solver."""
+    num_grid_points: int = 50
+    """Points of the time grid."""
+    grid_end: Literal["reference", "zero"] = "reference"
+    """Where the grid ends, see `time_grid`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokenizer:
+    """Frozen encoder, trained fusion, and every decoder that was trained for them; all in eval mode."""
+
+    encoder: Encoder
+    fusion: nn.Module
+    fusion_config: FusionConfig
+    decoders: dict[str, Decoder]
+    """By stage name."""
+    device: torch.device
+
+    @property
+    def image_px(self) -> int:
+        """Side of decoded images, pixels."""
+        return next(iter(self.decoders.values())).config.image_px
+
+    @torch.no_grad()
+    def encode(self, images: UInt8[Tensor, "batch 3 height width"]) -> FusionOutput:
+        """Latents of images; `base` of the result is RAE's latent."""
+        return self.fusion(self.encoder(to_unit(images).to(self.device)))
+
+    @torch.no_grad()
+    def decode(
+        self, tokens: Float[Tensor, "batch tokens dim"], stage: str
+    ) -> UInt8[Tensor, "batch 3 height width"]:
+        """Images from latents by the decoder of a stage.
+
+        Raises:
+            ValueError: If that decoder was not loaded.
+        """
+        if stage not in self.decoders:
+            raise ValueError(
+                f"decoder of stage {stage!r} is not loaded: expected one of {sorted(self.decoders)}; "
+                "run that stage first."
+            )
+        return to_uint8(self.decoders[stage](tokens.to(self.device))).cpu()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generator:
+    """The diffusion model with its guide and the latent statistics; all in eval mode."""
+
+    model: DiT
+    guide: DiT | None
+    mean: Float[Tensor, "channels height width"]
+    var: Float[Tensor, "channels height width"]
+    times: TimeConfig
+    device: torch.device
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that can be asked for."""
+        return self.model.config.num_classes
+
+    def untrained(self, seed: int) -> "Generator":
+        """The same network freshly initialised, without a guide: the floor of every generation metric."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = DiT(self.model.config).to(self.device).eval()
+        return Generator(
+            model=model,
+            guide=None,
+            mean=self.mean,
+            var=self.var,
+            times=self.times,
+            device=self.device,
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        labels: Int[Tensor, " batch"],
+        indices: Sequence[int],
+        settings: SamplerSettings,
+        seed: int,
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Draw latents, not normalised, ready for a decoder.
+
+        Args:
+            labels: Class of each sample.
+            indices: Global index of each sample: with `seed` it decides the noise, whatever the batch.
+            settings: Solver and guidance.
+            seed: Seed of the run.
+
+        Raises:
+            ValueError: If a label is out of range.
+        """
+        if labels.min() < 0 or labels.max() >= self.num_classes:
+            raise ValueError(
+                f"labels {int(labels.min())}..{int(labels.max())} are out of range: expected 0 to "
+                f"{self.num_classes - 1}."
+            )
+        shape = tuple(self.mean.shape)
+        noise = sample_noise(seed, indices, shape, "sample").to(self.device)
+        velocity = guided_velocity_fn(
+            settings.guidance,
+            self.model,
+            labels.to(self.device),
+            null_label=self.model.null_label if settings.guidance.kind == "cfg" else None,
+            weak_model=self.guide,
+        )
+        shift = resolve_shift(self.times, self.mean.numel())
+        grid = time_grid(settings.num_grid_points, shift, settings.grid_end)
+        solve = heun if settings.sampler == "heun" else euler
+        return map_to_tokens(denormalise_latent(solve(velocity, noise, grid), self.mean, self.var))
+
+
+def load_tokenizer(
+    outputs: Mapping[str, StageOutput],
+    *,
+    device: torch.device | str = "cpu",
+    encoder: EncoderConfig | None = None,
+) -> Tokenizer:
+    """Build the tokenizer from finished stages.
+
+    Args:
+        outputs: Stage outputs by name: `fusion` and at least one of decoder, finetune, control.
+        device: Where the networks go.
+        encoder: Configuration of the encoder; the one that the fusion was trained with unless given.
+
+    Raises:
+        ValueError: If a needed stage is missing.
+    """
+    stages = [s for s in DECODER_STAGES if s in outputs]
+    if "fusion" not in outputs or not stages:
+        raise ValueError(
+            f"a tokenizer needs fusion and a decoder, got the stages {sorted(outputs)}: run the missing stage."
+        )
+    device = torch.device(device)
+    config = outputs["fusion"].read_json("config.json")
+    encoder_config = encoder or from_json(EncoderConfig, config["encoder"])
+    backbone = build_encoder(encoder_config, asset_path).to(device)
+    fusion_config = from_json(FusionConfig, config["model"])
+    fusion = build_fusion(
+        fusion_config,
+        backbone.num_layers,
+        backbone.width,
+        layer_norm_eps=backbone.layer_norm_eps,
+    )
+    return Tokenizer(
+        encoder=backbone,
+        fusion=_loaded(fusion, outputs["fusion"], "fusion.safetensors", device),
+        fusion_config=fusion_config,
+        decoders={stage: _load_decoder(outputs[stage], device) for stage in stages},
+        device=device,
+    )
+
+
+def load_generator(
+    outputs: Mapping[str, StageOutput], *, device: torch.device | str = "cpu"
+) -> Generator:
+    """Build the diffusion model (EMA weights) from the stages diffusion, latents and, if present, guide.
+
+    Raises:
+        ValueError: If diffusion or latents is missing.
+    """
+    if not {"diffusion", "latents"} <= set(outputs):
+        raise ValueError(
+            f"a generator needs diffusion and latents, got the stages {sorted(outputs)}: run the missing stage."
+        )
+    device = torch.device(device)
+    config = outputs["diffusion"].read_json("config.json")
+    stats = load_file(outputs["latents"].local("stats.safetensors"))
+    guide = _load_dit(outputs["guide"], device) if "guide" in outputs else None
+    return Generator(
+        model=_load_dit(outputs["diffusion"], device),
+        guide=guide,
+        mean=stats["mean"].to(device),
+        var=stats["var"].to(device),
+        times=from_json(TimeConfig, config["times"]) if "times" in config else TimeConfig(),
+        device=device,
+    )
+
+
+def reconstruct_files(tokenizer: Tokenizer, paths: Sequence[str | Path]) -> np.ndarray:
+    """Reconstruct image files: one row each with input, RAE and every fused reconstruction side by side.
+
+    Args:
+        tokenizer: Loaded models.
+        paths: Image files in any format that Pillow reads; centre-cropped to a square.
+
+    Returns:
+        One labelled uint8 picture [height, width, 3].
+
+    Raises:
+        FileNotFoundError: If a file does not exist.
+        ValueError: If a file is no usable image.
+    """
+    images = torch.stack([_read_square(Path(path), tokenizer.image_px) for path in paths])
+    latents = tokenizer.encode(images)
+    columns = {"input": images}
+    if "decoder" in tokenizer.decoders:
+        columns["RAE"] = tokenizer.decode(latents.base, "decoder")
+        columns["fusion"] = tokenizer.decode(latents.latent, "decoder")
+    if "finetune" in tokenizer.decoders:
+        columns["fine-tuned"] = tokenizer.decode(latents.latent, "finetune")
+    tiles = [to_hwc(images.numpy()) for images in columns.values()]
+    rows = [np.stack([column[i] for column in tiles]) for i in range(len(paths))]
+    names = [Path(path).name for path in paths]
+    return image_grid(rows, row_labels=names, column_labels=list(columns))
+
+
+def sample_images(
+    tokenizer: Tokenizer,
+    generator: Generator,
+    label: int,
+    *,
+    num_images: int,
+    settings: SamplerSettings,
+    seed: int = 0,
+    decoder_stage: str = "finetune",
+) -> UInt8[Tensor, "batch 3 height width"]:
+    """Draw images of one class; image i depends on (seed, label, i) alone."""
+    labels = torch.full((num_images,), label, dtype=torch.int64)
+    indices = [label + generator.num_classes * i for i in range(num_images)]
+    return tokenizer.decode(generator.sample(labels, indices, settings, seed), decoder_stage)
+
+
+def _read_square(path: Path, side_px: int) -> UInt8[Tensor, "3 height width"]:
+    if not path.is_file():
+        raise FileNotFoundError(f"image {path} does not exist: expected an image file.")
+    try:
+        image = decode_image(path.read_bytes(), FILE_LIMITS)
+    except BadImage as error:
+        raise ValueError(f"image {path} cannot be used ({error}): give another file.") from error
+    return torch.from_numpy(np.array(to_square(image, side_px, "center"))).permute(2, 0, 1)
+
+
+def _load_decoder(output: StageOutput, device: torch.device) -> Decoder:
+    config = from_json(DecoderConfig, output.read_json("config.json")["model"])
+    return _loaded(Decoder(config), output, "decoder.safetensors", device)
+
+
+def _load_dit(output: StageOutput, device: torch.device) -> DiT:
+    config = from_json(DiTConfig, output.read_json("config.json")["model"])
+    return _loaded(DiT(config), output, "dit.safetensors", device)
+
+
+def _loaded(module: Any, output: StageOutput, name: str, device: torch.device) -> Any:
+    module.load_state_dict(load_file(output.local(name)))
+    return module.to(device).eval().requires_grad_(False)

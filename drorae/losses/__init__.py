@@ -1,0 +1,1 @@
+"""Training losses of the tokenizer: pixels, perceptual distance, adversarial terms."""

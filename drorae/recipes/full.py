@@ -1,0 +1,88 @@
+"""The whole configuration of a run: one section per stage, the encoder they share, and how to compute."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from drorae.config import Compute
+from drorae.data.jobs import LatentJob, ShardJob
+from drorae.evaluation.job import EvaluateJob, ReportJob
+from drorae.models.encoder import EncoderConfig
+from drorae.training.diffusion import DiffusionStage
+from drorae.training.jobs import DecoderStage, FinetuneStage, FusionStage
+
+__all__ = ["FullJob"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FullJob:
+    """Everything that a run of the graph needs to know.
+
+    A stage sees only the sections that its key covers (the table in pipelines/stages.py).
+    """
+
+    recipe: str
+    """Name of the recipe that this configuration started from."""
+    seed: int = 0
+    """Seed of initialisation, sample order, noise and generated samples."""
+    shard: ShardJob
+    """Raw images to Parquet shards."""
+    encoder: EncoderConfig
+    """The frozen encoder."""
+    decoder: DecoderStage
+    """RAE's decoder."""
+    fusion: FusionStage
+    """The fusion module."""
+    finetune: FinetuneStage
+    """The decoder, tuned to the fused latents."""
+    latents: LatentJob = field(default_factory=LatentJob)
+    """The latent cache."""
+    diffusion: DiffusionStage
+    """The generator."""
+    guide: DiffusionStage
+    """The weak generator for AutoGuidance."""
+    evaluate: EvaluateJob = field(default_factory=EvaluateJob)
+    """Measurements."""
+    report: ReportJob = field(default_factory=ReportJob)
+    """The page."""
+    compute: Compute = field(default_factory=Compute)
+    """How to compute; changes no key."""
+
+    def __post_init__(self) -> None:
+        """Check what only the whole configuration can know."""
+        self._check_tokens()
+        self._check_latents()
+
+    @property
+    def control(self) -> FinetuneStage:
+        """The honest baseline: the last-layer decoder, trained on for as many steps as DRoRAE took."""
+        steps = self.fusion.train.num_steps + self.finetune.train.num_steps
+        return FinetuneStage(train=dataclasses.replace(self.finetune.train, num_steps=steps))
+
+    def _check_tokens(self) -> None:
+        decoder = self.decoder.model
+        if decoder.latent_channels != self.encoder.width:
+            raise ValueError(
+                f"decoder.model.latent_channels={decoder.latent_channels} does not fit encoder.width="
+                f"{self.encoder.width}: expected the same number."
+            )
+        if decoder.grid != self.encoder.grid:
+            raise ValueError(
+                f"decoder.model.grid={decoder.grid} does not fit the encoder, which gives "
+                f"{self.encoder.grid} tokens a side (encoder.input_px / encoder.patch_px)."
+            )
+        side_px = decoder.grid * decoder.patch_px
+        if side_px != self.shard.resolution_px:
+            raise ValueError(
+                f"the decoder draws {side_px} px (decoder.model.grid x patch_px) but "
+                f"shard.resolution_px={self.shard.resolution_px}: expected the same number."
+            )
+
+    def _check_latents(self) -> None:
+        for name, stage in (("diffusion", self.diffusion), ("guide", self.guide)):
+            expected = (self.encoder.width, self.encoder.grid)
+            given = (stage.model.in_channels, stage.model.input_size)
+            if given != expected:
+                raise ValueError(
+                    f"{name}.model.in_channels, input_size = {given} do not fit the encoder's latents: "
+                    f"expected {expected}."
+                )

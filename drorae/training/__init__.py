@@ -1,0 +1,1 @@
+"""Training loops as plain functions, and what they share: optimiser, EMA, guards, the Ray worker entry."""

@@ -1,0 +1,58 @@
+"""Exponential moving average of the trained parameters, kept beside the module as a plain dict.
+
+Only parameters that require gradients are averaged: multiplying frozen tensors (position tables, Fourier weights) by
+decay and adding them back lets them drift by rounding, a defect of the reference implementation.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["averaged", "ema_init", "ema_state_dict", "ema_update"]
+
+
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def ema_init(module: nn.Module) -> dict[str, Tensor]:
+    """Start the average at the current parameters (float32 copies)."""
+    return {name: p.detach().float().clone() for name, p in _trained(module).items()}
+
+
+@torch.no_grad()
+def ema_update(average: dict[str, Tensor], module: nn.Module, decay: float) -> None:
+    """Average <- decay * average + (1 - decay) * parameter, in place, one fused call."""
+    parameters = _trained(module)
+    current = [parameters[name].detach().float() for name in average]
+    torch._foreach_lerp_(list(average.values()), current, 1.0 - decay)
+
+
+def ema_state_dict(average: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The module's whole state dict with the trained parameters replaced by their averages."""
+    state = {name: value.detach() for name, value in module.state_dict().items()}
+    return state | {name: value.to(state[name].dtype) for name, value in average.items()}
+
+
+@contextmanager
+def averaged(average: dict[str, Tensor], module: nn.Module) -> Iterator[nn.Module]:
+    """Run the same module with averaged parameters, then put the online ones back.
+
+    Swapping values inside the same parameters keeps compiled graphs and DDP wrappers valid, so
+    what is evaluated as "EMA" is the EMA.
+    """
+    parameters = _trained(module)
+    online = {name: parameters[name].detach().clone() for name in average}
+    try:
+        _copy_into(parameters, average)
+        yield module
+    finally:
+        _copy_into(parameters, online)
+
+
+@torch.no_grad()
+def _copy_into(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        parameters[name].copy_(value)

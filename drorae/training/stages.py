@@ -1,0 +1,331 @@
+"""Entry functions of the training stages: read inputs, build modules, run the loop in Ray Train workers, write weights.
+
+`run_*` is what the stage table names and runs in the stage's driver process; `_train_*` is what every worker runs. Neither
+loop nor module knows which of them called it.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from drorae.checkpoint import TrainingCheckpoints, load_weights, weights_bytes
+from drorae.config import from_json, to_json
+from drorae.data.assets import asset_path
+from drorae.data.hidden_states import HiddenStates
+from drorae.data.images import ImageShards
+from drorae.data.latent_shards import LatentShards
+from drorae.data.loaders import latent_batches, tokenizer_batches
+from drorae.losses.perceptual import load_perceptual
+from drorae.models.checkpoint_layout import import_decoder
+from drorae.models.decoder import Decoder, DecoderConfig
+from drorae.models.discriminator import build_discriminator
+from drorae.models.dit import DiT
+from drorae.models.encoder import Encoder, EncoderConfig, build_encoder
+from drorae.models.fusion import FusionConfig, build_fusion
+from drorae.store import files
+from drorae.store.context import StageContext, StageResult
+from drorae.tracking import NullTracker, Tracker, connect
+from drorae.training.critic import Critic
+from drorae.training.diffusion import DiffusionBatch, DiffusionStage, train_diffusion
+from drorae.training.ema import ema_state_dict
+from drorae.training.evaluators import Evaluator, reconstruction_evaluator
+from drorae.training.jobs import DecoderStage, FinetuneStage, FusionStage
+from drorae.training.loop import LoopTools, TrainReport
+from drorae.training.tokenizer import (
+    TokenizerBatch,
+    TokenizerPhase,
+    TokenizerTraining,
+    decoder_phase,
+    fusion_phase,
+    train_tokenizer,
+)
+from drorae.training.world import World
+
+__all__ = [
+    "run_control",
+    "run_decoder",
+    "run_diffusion",
+    "run_finetune",
+    "run_fusion",
+    "run_guide",
+]
+
+RAE = FusionConfig(kind="rae")
+
+
+def run_decoder(
+    ctx: StageContext, *, seed: int, encoder: EncoderConfig, decoder: DecoderStage
+) -> StageResult:
+    """Train RAE's decoder on last-layer latents, or import a released one."""
+    if decoder.released:
+        return _import_decoder(ctx, encoder, decoder)
+    sections = {"seed": seed, "encoder": encoder, "decoder": decoder}
+    return _on_ray(ctx, _train_decoder, sections)
+
+
+def run_fusion(
+    ctx: StageContext, *, seed: int, encoder: EncoderConfig, fusion: FusionStage
+) -> StageResult:
+    """Train the fusion through the frozen decoder."""
+    return _on_ray(ctx, _train_fusion, {"seed": seed, "encoder": encoder, "fusion": fusion})
+
+
+def run_finetune(
+    ctx: StageContext, *, seed: int, encoder: EncoderConfig, finetune: FinetuneStage
+) -> StageResult:
+    """Train the decoder on from its last weights, on the frozen fusion's latents."""
+    sections = {"seed": seed, "encoder": encoder, "job": finetune.train, "use_fusion": True}
+    return _on_ray(ctx, _train_decoder_on, sections)
+
+
+def run_control(
+    ctx: StageContext, *, seed: int, encoder: EncoderConfig, control: FinetuneStage
+) -> StageResult:
+    """Train the decoder on from its last weights, on the same last-layer latents: the baseline."""
+    sections = {"seed": seed, "encoder": encoder, "job": control.train, "use_fusion": False}
+    return _on_ray(ctx, _train_decoder_on, sections)
+
+
+def run_diffusion(ctx: StageContext, *, seed: int, diffusion: DiffusionStage) -> StageResult:
+    """Train the generator on cached latents."""
+    return _on_ray(ctx, _train_dit, {"seed": seed, "job": diffusion})
+
+
+def run_guide(ctx: StageContext, *, seed: int, guide: DiffusionStage) -> StageResult:
+    """Train the weak generator that AutoGuidance pushes away from."""
+    return _on_ray(ctx, _train_dit, {"seed": seed, "job": guide})
+
+
+def _on_ray(ctx: StageContext, train: Callable[..., StageResult], sections: Any) -> StageResult:
+    from drorae.training.ray_worker import train_on_ray  # the loops themselves need no Ray
+
+    return train_on_ray(ctx, train, sections)
+
+
+def _train_decoder(
+    ctx: StageContext, world: World, *, seed: int, encoder: EncoderConfig, decoder: DecoderStage
+) -> StageResult:
+    torch.manual_seed(seed)
+    frozen = build_encoder(encoder, asset_path)
+    network = Decoder(decoder.model)
+    phase = decoder_phase(ctx.stage, _build_fusion(RAE, frozen), network, world)
+    report = _run_phase(ctx, world, seed, frozen, decoder.train, phase)
+    settings = {"encoder": to_json(encoder), "model": to_json(decoder.model)}
+    return _write(ctx, world, "decoder", network, report, settings)
+
+
+def _train_fusion(
+    ctx: StageContext, world: World, *, seed: int, encoder: EncoderConfig, fusion: FusionStage
+) -> StageResult:
+    torch.manual_seed(seed)
+    frozen = build_encoder(encoder, asset_path)
+    network = _build_fusion(fusion.model, frozen)
+    phase = fusion_phase(
+        network, load_decoder(ctx), world, adversarial=fusion.train.adversarial.weight > 0
+    )
+    report = _run_phase(ctx, world, seed, frozen, fusion.train, phase)
+    settings = {"encoder": to_json(encoder), "model": to_json(fusion.model)}
+    return _write(ctx, world, "fusion", network, report, settings)
+
+
+def _train_decoder_on(
+    ctx: StageContext,
+    world: World,
+    *,
+    seed: int,
+    encoder: EncoderConfig,
+    job: TokenizerTraining,
+    use_fusion: bool,
+) -> StageResult:
+    torch.manual_seed(seed)
+    frozen = build_encoder(encoder, asset_path)
+    fusion = _load_fusion(ctx, frozen) if use_fusion else _build_fusion(RAE, frozen)
+    network = load_decoder(ctx)
+    phase = decoder_phase(ctx.stage, fusion, network, world)
+    report = _run_phase(ctx, world, seed, frozen, job, phase)
+    settings = {"encoder": to_json(encoder), "model": to_json(network.config)}
+    return _write(ctx, world, "decoder", network, report, settings)
+
+
+def _train_dit(ctx: StageContext, world: World, *, seed: int, job: DiffusionStage) -> StageResult:
+    torch.manual_seed(seed)
+    world.local_batch(job.batch_images, f"{ctx.stage}.batch_images")
+    latents = LatentShards(ctx.inputs["latents"], cache_path=ctx.compute.cache_path or None)
+    model = DiT(job.model)
+
+    def batches(start: int) -> Iterator[DiffusionBatch]:
+        return latent_batches(latents, start_step=start, **_order(job, world, seed))
+
+    with _Tools(ctx, world) as tools:
+        report = train_diffusion(job, model, batches, tools, stage=ctx.stage, seed=seed)
+    settings = {"model": to_json(job.model), "times": to_json(job.times)}
+    settings |= {"latents": ctx.inputs["latents"].key}
+    return _write(ctx, world, "dit", model, report, settings)
+
+
+def _import_decoder(
+    ctx: StageContext, encoder: EncoderConfig, decoder: DecoderStage
+) -> StageResult:
+    """Commit released weights as this stage's output, after a strict check of every tensor."""
+    path = files.local_copy(decoder.released, ctx.compute.cache_path or None)
+    imported = import_decoder(path, heads=decoder.model.heads)
+    network = Decoder(decoder.model)
+    try:
+        network.load_state_dict(imported.state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"decoder.released={decoder.released} does not fit decoder.model: {error}. "
+            f"The file holds {to_json(imported.config)}."
+        ) from error
+    settings = {"encoder": to_json(encoder), "model": to_json(decoder.model)}
+    settings |= {"released": decoder.released}
+    weights = weights_bytes(network.state_dict())
+    entries = [ctx.put_bytes("decoder.safetensors", weights), ctx.put_json("config.json", settings)]
+    return StageResult(files=entries)
+
+
+def load_decoder(ctx: StageContext) -> Decoder:
+    """The `decoder` stage's averaged weights in a network of its size."""
+    output = ctx.inputs["decoder"]
+    network = Decoder(from_json(DecoderConfig, output.read_json("config.json")["model"]))
+    network.load_state_dict(load_weights(str(output.local("decoder.safetensors"))))
+    return network
+
+
+def _build_fusion(config: FusionConfig, encoder: Encoder) -> nn.Module:
+    return build_fusion(
+        config, encoder.num_layers, encoder.width, layer_norm_eps=encoder.layer_norm_eps
+    )
+
+
+def _load_fusion(ctx: StageContext, encoder: Encoder) -> nn.Module:
+    output = ctx.inputs["fusion"]
+    fusion = _build_fusion(
+        from_json(FusionConfig, output.read_json("config.json")["model"]), encoder
+    )
+    fusion.load_state_dict(load_weights(str(output.local("fusion.safetensors"))))
+    return fusion
+
+
+class _Tools:
+    """Context manager around a loop: tracker, checkpoints, progress; closes the tracker at the end."""
+
+    def __init__(
+        self, ctx: StageContext, world: World, evaluators: Sequence[Evaluator] = ()
+    ) -> None:
+        self._ctx, self._world, self._evaluators = ctx, world, evaluators
+        self._tracker: Tracker = connect(ctx) if world.is_main else NullTracker()
+
+    def __enter__(self) -> LoopTools:
+        compute = self._ctx.compute
+        return LoopTools(
+            world=self._world,
+            compute=compute,
+            checkpoints=TrainingCheckpoints(
+                work_uri=self._ctx.work_uri,
+                every_steps=compute.save_every_steps,
+                every_s=compute.save_every_s,
+                keep=compute.keep_checkpoints,
+            ),
+            log=self._tracker.log,
+            progress=lambda done, total: self._ctx.progress(done, total, "images"),
+            evaluators=[partial(evaluate, self._tracker) for evaluate in self._evaluators],
+        )
+
+    def __exit__(self, *exc: object) -> None:
+        self._tracker.close()
+
+
+def _run_phase(
+    ctx: StageContext,
+    world: World,
+    seed: int,
+    encoder: Encoder,
+    job: TokenizerTraining,
+    phase: TokenizerPhase,
+) -> TrainReport:
+    """Give the loop its batches, losses and tools."""
+    world.local_batch(job.batch_images, f"{ctx.stage}.batch_images")
+    encoder = encoder.to(world.device)
+    train, held_out = (_hidden_states(ctx, split, encoder, job) for split in ("train", "val"))
+    train.fill(rank=world.rank, world_size=world.world_size, on_progress=_fill_progress(ctx, world))
+    show = reconstruction_evaluator(phase, held_out)
+    lpips = None
+    if job.lpips_weight:
+        lpips = load_perceptual(asset_path(f"lpips-{job.lpips_net}")).to(world.device)
+
+    def batches(start: int) -> Iterator[TokenizerBatch]:
+        order = _order(job, world, seed)
+        return tokenizer_batches(train.shards, train, start_step=start, **order)
+
+    with _Tools(ctx, world, [show]) as tools:
+        return train_tokenizer(
+            job, phase, batches, lpips, tools, seed=seed, critic=_build_critic(job, world, seed)
+        )
+
+
+def _hidden_states(
+    ctx: StageContext, split: str, encoder: Encoder, job: TokenizerTraining
+) -> HiddenStates:
+    cache_path = ctx.compute.cache_path or None
+    images = ImageShards(ctx.inputs["shard"], split, cache_path=cache_path)
+    return HiddenStates(images, encoder, job.hidden_states, cache_path)
+
+
+def _fill_progress(ctx: StageContext, world: World) -> Callable[[int, int], None] | None:
+    if not world.is_main:
+        return None
+    message = "encoding once; kept for later stages"
+    return lambda done, total: ctx.progress(done, total, "blocks", message=message)
+
+
+def _order(job: TokenizerTraining | DiffusionStage, world: World, seed: int) -> dict[str, int]:
+    """What fixes this rank's samples in every step."""
+    return {
+        "seed": seed,
+        "num_steps": job.num_steps,
+        "global_batch": job.batch_images,
+        "rank": world.rank,
+        "world_size": world.world_size,
+    }
+
+
+def _build_critic(job: TokenizerTraining, world: World, seed: int) -> Critic | None:
+    if job.adversarial.weight == 0:
+        return None
+    judge = build_discriminator(job.adversarial.discriminator, asset_path)
+    return Critic(judge, job.adversarial, num_steps=job.num_steps, world=world, seed=seed)
+
+
+def _write(
+    ctx: StageContext,
+    world: World,
+    name: str,
+    module: nn.Module,
+    report: TrainReport,
+    settings: dict[str, Any],
+) -> StageResult:
+    """Rank 0 writes averaged and online weights, the configuration and the training log."""
+    if not world.is_main:
+        return StageResult(files=[])
+    average = ema_state_dict(report.ema, module)
+    log = "".join(json.dumps(row) + "\n" for row in report.history)
+    entries = [
+        ctx.put_bytes(f"{name}.safetensors", weights_bytes(average)),
+        ctx.put_bytes(f"{name}_online.safetensors", weights_bytes(module.state_dict())),
+        ctx.put_json("config.json", settings),
+        ctx.put_bytes("train_log.jsonl", log.encode()),
+    ]
+    return StageResult(files=entries, metrics=_final_metrics(report.history))
+
+
+def _final_metrics(history: list[dict[str, float]]) -> dict[str, float]:
+    """The last value of every logged quantity."""
+    last: dict[str, float] = {}
+    for row in history:
+        last |= {name: value for name, value in row.items() if name != "step"}
+    return last

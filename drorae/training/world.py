@@ -1,0 +1,62 @@
+"""Who this process is among the training workers, as a value object, and the two collectives that loops need."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+__all__ = ["World", "mean_over_ranks", "wrap_ddp"]
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """Rank, number of ranks and device of this process."""
+
+    rank: int = 0
+    """0 .. world_size - 1; rank 0 logs and writes."""
+    world_size: int = 1
+    """Number of training processes."""
+    device: torch.device = CPU
+    """Where this process computes."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank={self.rank} does not fit world_size={self.world_size}.")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank logs and writes."""
+        return self.rank == 0
+
+    def local_batch(self, global_batch: int, name: str) -> int:
+        """Images of one global batch that this rank takes.
+
+        Raises:
+            ValueError: The batch does not divide over the ranks; names two sizes that do.
+        """
+        if global_batch % self.world_size:
+            low = global_batch // self.world_size * self.world_size
+            raise ValueError(
+                f"{name}={global_batch} does not divide over {self.world_size} workers; "
+                f"use {max(low, self.world_size)} or {low + self.world_size}."
+            )
+        return global_batch // self.world_size
+
+
+def wrap_ddp(module: nn.Module, world: World) -> nn.Module:
+    """DistributedDataParallel when there is more than one rank, else the module itself."""
+    if world.world_size == 1:
+        return module
+    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def mean_over_ranks(values: Tensor, world: World) -> Tensor:
+    """Average a tensor over all ranks (a collective when there is more than one)."""
+    if world.world_size > 1:
+        dist.all_reduce(values)
+        values /= world.world_size
+    return values

@@ -1,0 +1,155 @@
+"""One attempt to run a stage, as files that the launcher and the job share.
+
+`<workspace>/jobs/<stage>/<key>/a<attempt>/` holds `job.json` (written first: it claims the number), and at the end
+`result.json` or `error.json`. The files, not the status of a process or of a Ray job, say what happened: they
+survive the loss of either side, and lie on S3 when the workspace does.
+"""
+
+import errno
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from drorae.config import from_json, to_json
+from drorae.store import files
+
+USER_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobSpec:
+    """All that a stage job has to know."""
+
+    workspace: str
+    """Address of the workspace."""
+    stage: str
+    """Name of the stage."""
+    key: str
+    """Key of its output."""
+    version: int
+    """Version of the stage, part of the key."""
+    entry: str
+    """`module:function` that does the work."""
+    sections: tuple[str, ...]
+    """Attributes of the full configuration that the function receives."""
+    config_type: str
+    """`module:Class` of the full configuration."""
+    config: dict[str, Any]
+    """The full configuration as JSON."""
+    input_keys: dict[str, str]
+    """Key of every input, by stage name."""
+    code_digest: str
+    """Digest of the code when the run was planned."""
+    force: bool = False
+    """Build even if the output is there."""
+    tracking_uri: str | None = None
+    """MLflow server or database; None writes no curves."""
+    run_ids: dict[str, str]
+    """Ids of the runs that this attempt belongs to: `prefect`, `mlflow`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobError:
+    """Why an attempt failed: one line for people; the trace is in its log."""
+
+    stage: str
+    """Name of the stage."""
+    type: str
+    """Class of the exception."""
+    message: str
+    """Its message."""
+    is_user_error: bool
+    """Trying again cannot help: the configuration, the data or the machine has to change first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobResult:
+    """How an attempt ended well."""
+
+    outcome: str
+    """`built`, or `waited` when another run built the output meanwhile, or `reused`."""
+    uri: str
+    """Address of the output."""
+
+
+def attempts_uri(spec: JobSpec) -> str:
+    """Return the folder of all attempts for the output of a job."""
+    return files.join(spec.workspace, "jobs", spec.stage, spec.key)
+
+
+def attempt_uri(spec: JobSpec, attempt: int) -> str:
+    """Return the folder of one attempt."""
+    return files.join(attempts_uri(spec), f"a{attempt}")
+
+
+def last_attempt(spec: JobSpec) -> int:
+    """Return the highest attempt number so far; 0 when there is none."""
+    names = files.list_files(attempts_uri(spec))
+    return max((int(m[1]) for n in names if (m := re.match(r"a(\d+)/", n))), default=0)
+
+
+def claim_attempt(spec: JobSpec) -> int:
+    """Write `job.json` under the next free attempt number, and return the number.
+
+    Two runs that do this at the same moment get different numbers.
+    """
+    content = json.dumps(to_json(spec), indent=1).encode()
+    attempt = last_attempt(spec) + 1
+    while not files.create_exclusive(files.join(attempt_uri(spec, attempt), "job.json"), content):
+        attempt += 1
+    return attempt
+
+
+def read_spec(uri: str) -> tuple[JobSpec, int]:
+    """Return the job under an attempt folder and its attempt number."""
+    return from_json(JobSpec, files.read_json(files.join(uri, "job.json"))), int(
+        uri.rstrip("/").rsplit("/a", 1)[1]
+    )
+
+
+def write_outcome(uri: str, outcome: JobResult | JobError) -> None:
+    """Write `result.json` or `error.json` into an attempt folder."""
+    name = "result.json" if isinstance(outcome, JobResult) else "error.json"
+    files.write_json(files.join(uri, name), to_json(outcome))
+
+
+def read_outcome(uri: str) -> JobResult | JobError | None:
+    """Return how an attempt ended; None while it has not."""
+    for name, kind in (("result.json", JobResult), ("error.json", JobError)):
+        path = files.join(uri, name)
+        if files.exists(path):
+            return from_json(kind, files.read_json(path))
+    return None
+
+
+def describe_error(stage: str, error: BaseException) -> JobError:
+    """Turn an exception into the one line that people see, looking through the wrappers of Ray."""
+    root = _root_cause(error)
+    is_user_error = isinstance(root, ValueError | FileNotFoundError | ImportError) or any(
+        isinstance(cause, OSError) and cause.errno in USER_ERRNOS for cause in _causes(root)
+    )
+    message = " ".join(str(root).split()) or type(root).__name__
+    return JobError(
+        stage=stage, type=type(root).__name__, message=message, is_user_error=is_user_error
+    )
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """Follow Ray's wrappers to the exception that our own code raised."""
+    seen: set[int] = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        failures = getattr(error, "worker_failures", None)
+        inner = next(iter(failures.values()), None) if isinstance(failures, dict) else None
+        inner = inner or getattr(error, "cause", None)
+        if isinstance(inner, BaseException):
+            error = inner
+    return error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__

@@ -1,0 +1,127 @@
+"""Stage jobs on a Ray cluster through the Ray Jobs API.
+
+The submission id is made of stage, key and attempt, so that a restarted flow finds a job that still runs and follows
+it instead of starting a second one. The objects in the workspace decide how a job ended, because the status of a
+Ray job is lost with its head node; the status is asked only to notice a job that died without a word.
+"""
+
+import logging
+import threading
+import time
+from typing import Any
+
+from pipelines import attempt as attempts
+from pipelines.attempt import JobError, JobResult, JobSpec
+from pipelines.launch import OnProgress, ProgressFollower, Stopped, require_result
+
+POLL_S = 1.0
+STATUS_EVERY_S = 5.0
+LOST_AFTER_S = 300.0
+FORWARDED_PREFIXES = ("AWS_", "DRORAE_", "MLFLOW_", "RAY_TRAIN_")
+RUNNING = frozenset({"PENDING", "RUNNING"})
+
+log = logging.getLogger(__name__)
+
+
+class RayJobLauncher:
+    """Stage jobs on a cluster.
+
+    Args:
+        address: Address of the Jobs API, http://host:8265.
+        stop: Set to end all jobs.
+        environment: Variables of this process; those that the jobs need are passed on.
+    """
+
+    def __init__(self, address: str, stop: threading.Event, environment: dict[str, str]):
+        self._address = address
+        self._stop = stop
+        self._env = {k: v for k, v in environment.items() if k.startswith(FORWARDED_PREFIXES)}
+        self._client_lock = threading.Lock()
+        self._connected: Any = None
+
+    def run(self, spec: JobSpec, *, uses_ray: bool, on_progress: OnProgress) -> JobResult:
+        """Follow the running job of this output, or submit one, to its end."""
+        attempt = attempts.last_attempt(spec)
+        if attempt and self._status(submission_id(spec, attempt)) in RUNNING:
+            log.info("following %s, which runs already", submission_id(spec, attempt))
+        else:
+            attempt = attempts.claim_attempt(spec)
+            self._submit(spec, attempt)
+        outcome = self._follow(spec, attempt, ProgressFollower(spec, on_progress))
+        return require_result(outcome, f"ray job logs {submission_id(spec, attempt)}")
+
+    def close(self) -> None:
+        """Nothing is shared between jobs."""
+
+    def _submit(self, spec: JobSpec, attempt: int) -> None:
+        name = submission_id(spec, attempt)
+        uri = attempts.attempt_uri(spec, attempt)
+        self._client().submit_job(
+            entrypoint=f"python -m pipelines.job {uri}",
+            submission_id=name,
+            runtime_env={"env_vars": {**self._env, "DRORAE_RAY_JOB_ID": name}},
+            metadata={"stage": spec.stage, "key": spec.key},
+        )
+
+    def _follow(
+        self, spec: JobSpec, attempt: int, follower: ProgressFollower
+    ) -> JobResult | JobError:
+        uri, name = attempts.attempt_uri(spec, attempt), submission_id(spec, attempt)
+        next_status_s = time.monotonic() + STATUS_EVERY_S
+        answered_s = time.monotonic()
+        while not self._stop.wait(POLL_S):
+            outcome = attempts.read_outcome(uri)
+            if outcome is not None:
+                return outcome
+            follower.poll()
+            if time.monotonic() < next_status_s:
+                continue
+            next_status_s = time.monotonic() + STATUS_EVERY_S
+            status = self._status(name)
+            if status is not None:
+                answered_s = time.monotonic()
+            silent_s = time.monotonic() - answered_s
+            if (status is not None and status not in RUNNING) or silent_s > LOST_AFTER_S:
+                # The job may have written its outcome between our two looks.
+                return attempts.read_outcome(uri) or _lost(spec, name, status)
+        self._stop_job(name)
+        raise Stopped(f"stage {spec.stage} was stopped; the next run continues it.")
+
+    def _status(self, name: str) -> str | None:
+        """Return the status of a job; None when the cluster does not know it or does not answer."""
+        try:
+            return str(self._client().get_job_status(name).value)
+        except (RuntimeError, ConnectionError) as error:
+            log.info("no status of %s: %s", name, error)
+            return None
+
+    def _stop_job(self, name: str) -> None:
+        try:
+            self._client().stop_job(name)
+        except (RuntimeError, ConnectionError) as error:
+            log.warning("job %s could not be stopped and may still run: %s", name, error)
+
+    def _client(self) -> Any:
+        """Connect on first use, so that a plan that reuses everything needs no cluster."""
+        from ray.job_submission import JobSubmissionClient  # half a second, only with a cluster
+
+        with self._client_lock:
+            if self._connected is None:
+                try:
+                    self._connected = JobSubmissionClient(self._address)
+                except ConnectionError as error:
+                    raise RuntimeError(
+                        f"the Ray cluster at {self._address} does not answer ({error}); expected its "
+                        "Jobs API there (port 8265). Start it, or unset DRORAE_RAY_ADDRESS."
+                    ) from error
+            return self._connected
+
+
+def submission_id(spec: JobSpec, attempt: int) -> str:
+    """Return the name of an attempt on the cluster."""
+    return f"{spec.stage}-{spec.key}-a{attempt}"
+
+
+def _lost(spec: JobSpec, name: str, status: str | None) -> JobError:
+    message = f"Ray job {name} ended with status {status or 'unknown'} and left no result."
+    return JobError(stage=spec.stage, type="RuntimeError", message=message, is_user_error=False)

@@ -1,0 +1,68 @@
+"""`drorae reconstruct` and `drorae sample`: use the networks of a finished run."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from drorae.store.workspace import StageOutput, Workspace
+from pipelines.plan import RunPlan, make_plan
+
+TOKENIZER_STAGES = ("decoder", "fusion", "finetune")
+GENERATOR_STAGES = ("latents", "diffusion", "guide")
+
+
+def reconstruct(options: argparse.Namespace, console: Console) -> int:
+    """Write input, RAE and fused reconstructions of image files side by side."""
+    missing = [path for path in options.images if not Path(path).is_file()]
+    if missing:
+        raise FileNotFoundError(f"image {missing[0]} does not exist; expected an image file.")
+    outputs = _outputs(make_plan(options.request), TOKENIZER_STAGES)
+
+    from drorae.evaluation.grids import png_bytes  # torch takes seconds to import
+    from drorae.evaluation.inference import load_tokenizer, reconstruct_files
+
+    picture = reconstruct_files(load_tokenizer(outputs), options.images)
+    return _write(options.out, png_bytes(picture), console)
+
+
+def sample(options: argparse.Namespace, console: Console) -> int:
+    """Write generated images of one class."""
+    plan = make_plan(options.request)
+    outputs = _outputs(plan, TOKENIZER_STAGES + GENERATOR_STAGES)
+
+    from drorae.evaluation.grids import image_grid, png_bytes, to_hwc
+    from drorae.evaluation.inference import load_generator, load_tokenizer, sample_images
+    from drorae.evaluation.sampling import sampler_settings
+
+    evaluate = plan.full.evaluate
+    if options.scale is not None:
+        evaluate = replace(evaluate, cfg_scale=options.scale, autoguidance_scale=options.scale)
+    images = sample_images(
+        load_tokenizer(outputs),
+        load_generator(outputs),
+        options.label,
+        num_images=options.num,
+        settings=sampler_settings(options.guidance, evaluate),
+        seed=options.seed,
+    )
+    return _write(options.out, png_bytes(image_grid([to_hwc(images.numpy())])), console)
+
+
+def _outputs(plan: RunPlan, names: tuple[str, ...]) -> dict[str, StageOutput]:
+    workspace = Workspace(plan.request.workspace)
+    found = {name: workspace.find(name, plan.keys[name]) for name in names}
+    missing = [name for name, output in found.items() if output is None]
+    if missing:
+        raise FileNotFoundError(
+            f"stages {missing} of recipe {plan.request.recipe} are not in {workspace.uri}; "
+            "`drorae run` with the same options builds them."
+        )
+    return {name: output for name, output in found.items() if output is not None}
+
+
+def _write(path: str, content: bytes, console: Console) -> int:
+    Path(path).write_bytes(content)
+    console.print(path, highlight=False, markup=False, soft_wrap=True)
+    return 0

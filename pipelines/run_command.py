@@ -1,0 +1,144 @@
+"""`drorae run`: the flow, embedded in this process."""
+
+import argparse
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+from rich.console import Console
+from rich.table import Table
+
+from drorae.store import files
+from drorae.store.workspace import Workspace
+from pipelines.display import choose_display, format_duration
+from pipelines.launch import StageFailed, Stopped
+from pipelines.plan import Request, RunPlan, make_plan
+from pipelines.prefect_api import prefect_api, wait_until_ready
+from pipelines.session import CONTROLS, Controls, local_root
+
+EXIT_FAILED_STAGE = 1
+EXIT_INTERRUPTED = 130
+MAX_METRICS = 4
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Run the graph, print the results table and the path of the report, and return the exit code."""
+    request: Request = options.request
+    plan = make_plan(request)
+    if plan.is_complete:
+        outcomes = {step.stage: ("reused", None) for step in plan.steps if step.selected}
+        show_results(plan, outcomes, console)
+        return 0
+    workspace = Workspace(request.workspace)
+    workspace.check()
+    _announce(plan, console)
+    return _run_flow(plan, options, workspace, console)
+
+
+def _announce(plan: RunPlan, console: Console) -> None:
+    for step in plan.steps:
+        if step.must_run:
+            console.print(
+                f"{step.stage}: {step.state}: {step.reason}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+        elif step.code_changed and step.selected:
+            console.print(f"{step.stage}: reused, code changed since", highlight=False)
+
+
+def _run_flow(
+    plan: RunPlan, options: argparse.Namespace, workspace: Workspace, console: Console
+) -> int:
+    controls = Controls(display=choose_display(console), stop=threading.Event())
+    token = CONTROLS.set(controls)
+    try:
+        with _stop_on_signals(controls.stop), prefect_api(local_root(workspace)):
+            _call_flow(plan.request, options)
+    except (StageFailed, Stopped) as error:
+        if controls.stop.is_set():
+            _say("interrupted; the same command continues where this run stopped.")
+            return EXIT_INTERRUPTED
+        _say(f"error: {error}")
+        return EXIT_FAILED_STAGE
+    finally:
+        controls.display.close()
+        CONTROLS.reset(token)
+    outcomes = {name: (o.outcome, o.wall_s) for name, o in controls.outcomes.items()}
+    show_results(make_plan(replace(plan.request, force=(), strict_code=False)), outcomes, console)
+    return 0
+
+
+def _say(text: str) -> None:
+    Console(stderr=True).print(
+        f"drorae: {text}", highlight=False, markup=False, soft_wrap=True
+    )
+
+
+def _call_flow(request: Request, options: argparse.Namespace) -> None:
+    # Prefect takes seconds to import and reads its settings then, so it comes after `prefect_api`.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from pipelines.graph import drorae
+
+        wait_until_ready()
+        drorae(
+            recipe=request.recipe,
+            overrides=list(request.overrides),
+            only=request.only,
+            from_stage=request.from_stage,
+            force=list(request.force),
+            workspace=request.workspace,
+            jobs=options.jobs,
+            retries=options.retries,
+            strict_code=request.strict_code,
+        )
+
+
+@contextmanager
+def _stop_on_signals(stop: threading.Event) -> Iterator[None]:
+    """End the stage jobs at the first Ctrl-C or SIGTERM, and this process at the second."""
+
+    def handle(number: int, _frame: object) -> None:
+        if stop.is_set():
+            # The children notice that we are gone and end themselves.
+            os._exit(128 + number)
+        stop.set()
+
+    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def show_results(
+    plan: RunPlan, outcomes: Mapping[str, tuple[str, float | None]], console: Console
+) -> None:
+    """Print one row per stage of a finished run, and where the report is."""
+    table = Table("stage", "outcome", "time", "key", "main metrics", box=None, pad_edge=False)
+    for step in plan.steps:
+        if step.stage in outcomes:
+            outcome, wall_s = outcomes[step.stage]
+            known = [(k, v) for k, v in step.metrics.items() if v is not None]
+            metrics = "  ".join(f"{name} {value:.4g}" for name, value in known[:MAX_METRICS])
+            table.add_row(step.stage, outcome, format_duration(wall_s), step.key, metrics)
+    console.print(table)
+    if "report" in outcomes:
+        _say_path(console, report_uri(plan))
+
+
+def report_uri(plan: RunPlan) -> str:
+    """Return where the report of a plan is."""
+    workspace = Workspace(plan.request.workspace)
+    return files.join(workspace.stage_uri("report", plan.keys["report"]), "report.html")
+
+
+def _say_path(console: Console, uri: str) -> None:
+    console.print(f"report: {uri}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,144 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from data_fakes import encoded, pixels
+from PIL import Image
+
+from drorae.data.decoding import (
+    BadImage,
+    ImageLimits,
+    decode_image,
+    decode_png,
+    encode_png,
+    to_square,
+)
+
+LIMITS = ImageLimits(min_side_px=8, max_aspect_ratio=20.0, max_pixels=1_000_000)
+
+
+def reason(data: bytes | np.ndarray, limits: ImageLimits = LIMITS) -> str:
+    with pytest.raises(BadImage) as caught:
+        decode_image(data, limits)
+    return str(caught.value)
+
+
+def bomb(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        crc = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + data
+
+
+def test_png_survives_a_round_trip():
+    image = decode_image(encoded(pixels(0)), LIMITS)
+    np.testing.assert_array_equal(decode_png(encode_png(image)), pixels(0))
+
+
+def test_raw_pixels_are_accepted_and_size_checked():
+    np.testing.assert_array_equal(np.asarray(decode_image(pixels(0), LIMITS)), pixels(0))
+    assert "smaller than 8" in reason(pixels(0, width=4))
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", "empty file"),
+        (b"this is a text file", "not an image"),
+        (encoded(pixels(0, 200, 200), "JPEG")[:900], "truncated or damaged"),
+        (encoded(pixels(0, 200, 200))[:900], "truncated or damaged"),
+        (encoded(pixels(0, 1, 1)), "smaller than 8"),
+        (encoded(pixels(0, 2000, 10)), "aspect ratio 20"),
+        (bomb(30_000, 30_000), "more than 1000000 pixels"),
+        (bomb(3_000, 3_000), "more than 1000000 pixels"),
+        (encoded(Image.fromarray(np.ones((9, 9), np.float32)), "TIFF"), "floating-point"),
+        (encoded(Image.fromarray(np.full((9, 9), -5, np.int32)), "TIFF"), "32-bit"),
+    ],
+)
+def test_bad_files_are_refused_with_a_reason(data: bytes, expected: str):
+    assert expected in reason(data)
+
+
+def test_reason_of_a_damaged_file_is_the_same_on_each_read():
+    assert reason(b"no image") == reason(b"no image")
+
+
+def test_animated_gif_is_refused_with_its_number_of_frames():
+    frames = [Image.fromarray(pixels(i)) for i in range(3)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert reason(data) == "animated or multi-page: 3 frames"
+
+
+def test_gif_with_one_frame_is_accepted():
+    assert decode_image(encoded(Image.fromarray(pixels(0)), "GIF"), LIMITS).mode == "RGB"
+
+
+def test_16_bit_grey_is_scaled_to_8_bit():
+    levels = np.array([[0, 257 * 100, 65535]] * 9, dtype=np.uint16).repeat(4, axis=1)
+    image = decode_image(encoded(Image.fromarray(levels)), LIMITS)
+    assert sorted(np.unique(np.asarray(image)).tolist()) == [0, 100, 255]
+
+
+def test_cmyk_jpeg_is_converted():
+    cmyk = Image.fromarray(pixels(0)).convert("CMYK")
+    assert decode_image(encoded(cmyk, "JPEG"), LIMITS).mode == "RGB"
+
+
+def test_exif_orientation_is_honoured():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees for display
+    data = encoded(Image.fromarray(pixels(0, 40, 20)), "JPEG", exif=exif)
+    assert decode_image(data, LIMITS).size == (20, 40)
+
+
+def test_transparency_lies_on_white():
+    clear = Image.new("RGBA", (9, 9), (0, 0, 0, 0))
+    assert np.asarray(decode_image(encoded(clear), LIMITS)).min() == 255
+
+
+def test_palette_transparency_lies_on_white():
+    image = Image.new("P", (9, 9), 0)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    assert np.asarray(decode_image(encoded(image, transparency=0), LIMITS)).min() == 255
+
+
+def test_memory_error_is_a_reason(monkeypatch: pytest.MonkeyPatch):
+    def fail(*args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", fail)
+    assert "memory" in reason(b"x")
+
+
+def test_centre_crop_takes_the_middle_without_scaling_when_the_size_fits():
+    image = Image.fromarray(pixels(0, 20, 16))
+    cropped = np.asarray(to_square(image, 16, "center"))
+    np.testing.assert_array_equal(cropped, pixels(0, 20, 16)[:, 2:18])
+
+
+def test_centre_crop_halves_with_a_box_filter_first():
+    image = Image.fromarray(pixels(1, 32, 32))
+    blocks = pixels(1, 32, 32).reshape(16, 2, 16, 2, 3).mean(axis=(1, 3))
+    cropped = np.asarray(to_square(image, 16, "center")).astype(float)
+    assert np.abs(cropped - blocks).max() <= 1  # Pillow rounds after each axis
+
+
+def test_resize_keeps_the_whole_picture():
+    image = Image.new("RGB", (40, 20), "red")
+    assert to_square(image, 16, "resize").size == (16, 16)
+
+
+def test_small_images_are_enlarged():
+    assert to_square(Image.fromarray(pixels(0, 9, 12)), 16, "center").size == (16, 16)
+
+
+def test_multi_picture_jpeg_of_a_phone_is_accepted():
+    frames = [Image.fromarray(pixels(i)) for i in range(2)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, format="MPO", save_all=True, append_images=frames[1:])
+    assert decode_image(buffer.getvalue(), LIMITS).size == (20, 18)

@@ -1,0 +1,254 @@
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data_fakes import encoded, make_folder, pixels
+
+from drorae.data.assets.substitutes import write_sheets
+from drorae.data.readers.candidates import Candidate
+from drorae.data.readers.cifar import list_cifar
+from drorae.data.readers.source import list_source, read_records
+
+
+def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))
+
+
+def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, data in members.items():
+            add(archive, name, data)
+    return path
+
+
+def keys(uri: Path | str) -> list[str]:
+    return [c.key for c in list_source(str(uri)).candidates]
+
+
+def contents(uri: Path | str) -> dict[str, object]:
+    listing = list_source(str(uri))
+    return {r.candidate.key: r.data for r in read_records(listing.candidates)}
+
+
+def test_folder_gives_sorted_keys_and_classes(tmp_path: Path):
+    make_folder(tmp_path / "photos", per_class=2)
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    (tmp_path / "photos" / "cat" / "._000.png").write_bytes(b"hidden")
+    listing = list_source(str(tmp_path / "photos"))
+    expected = ["cat/000.png", "cat/001.png", "dog/000.png", "dog/001.png"]
+    assert [c.key for c in listing.candidates] == expected
+    assert listing.class_names == ("cat", "dog")
+    assert contents(tmp_path / "photos")["cat/000.png"] == encoded(pixels(0))
+
+
+def test_flat_folder_has_one_class(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(encoded(pixels(0)))
+    assert list_source(str(tmp_path)).class_names == ("all",)
+
+
+def test_image_outside_of_class_folders_is_reported(tmp_path: Path):
+    make_folder(tmp_path / "photos", per_class=1)
+    (tmp_path / "photos" / "stray.png").write_bytes(encoded(pixels(9)))
+    rejects = list_source(str(tmp_path / "photos")).rejects
+    assert rejects == [("stray.png", "lies outside of every class folder")]
+
+
+def test_symbolic_link_loops_and_broken_links_are_reported(tmp_path: Path):
+    root = make_folder(tmp_path / "photos", per_class=1)
+    (root / "cat" / "again").symlink_to(root)
+    (root / "cat" / "gone.png").symlink_to(root / "nowhere.png")
+    (root / "bird").symlink_to(root / "dog")
+    listing = list_source(str(root))
+    assert ("cat/again", "symbolic link loop") in listing.rejects
+    assert ("cat/gone.png", "broken symbolic link") in listing.rejects
+    assert [c.key for c in listing.candidates] == ["bird/000.png", "cat/000.png", "dog/000.png"]
+
+
+def test_file_name_that_is_no_unicode_is_readable(tmp_path: Path):
+    root = make_folder(tmp_path / "photos", per_class=1)
+    with open(bytes(root / "cat") + b"/\xff.png", "wb") as file:
+        file.write(encoded(pixels(7)))
+    found = contents(root)
+    key = next(key for key in found if "udcff" in key)
+    assert key.isascii()
+    assert found[key] == encoded(pixels(7))
+
+
+def test_unreadable_file_gives_a_record_with_an_error(tmp_path: Path):
+    gone = Candidate("a.png", "cat", "", "file", str(tmp_path / "a.png"))
+    record = next(iter(read_records([gone])))
+    assert record.data is None
+    assert "No such file" in record.error
+
+
+def test_missing_source_names_what_is_expected(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"does not exist: expected a folder, .tar"):
+        list_source(str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError):
+        list_source(str(tmp_path / "nowhere.tar"))
+
+
+def test_source_without_images_is_an_error(tmp_path: Path):
+    (tmp_path / "readme.txt").write_text("hello")
+    with pytest.raises(ValueError, match="holds no image"):
+        list_source(str(tmp_path))
+
+
+def test_webdataset_labels_come_from_cls_and_json(tmp_path: Path):
+    picture = encoded(pixels(0))
+    members = {
+        "a.jpg": picture,
+        "a.cls": b"10",
+        "b.jpg": encoded(pixels(1)),
+        "b.json": json.dumps({"label": 2}).encode(),
+        "c.jpg": picture,
+        "c.json": b"{broken",
+        "d.jpg": picture,
+        "d.json": b"[1]",
+    }
+    listing = list_source(str(write_tar(tmp_path / "set.tar", members)))
+    labels = {c.key: c.class_name for c in listing.candidates}
+    assert labels == {"set.tar/a.jpg": "10", "set.tar/b.jpg": "2"}
+    assert listing.class_names == ("2", "10")
+    assert [key for key, _ in listing.rejects] == ["set.tar/c.jpg", "set.tar/d.jpg"]
+    assert contents(tmp_path / "set.tar")["set.tar/b.jpg"] == encoded(pixels(1))
+
+
+def test_folder_of_tar_files_is_one_source(tmp_path: Path):
+    for name in ("a", "b"):
+        write_tar(tmp_path / f"{name}.tar", {"./cat/1.png": encoded(pixels(0))})
+    assert keys(tmp_path) == ["a.tar/cat/1.png", "b.tar/cat/1.png"]
+    assert list_source(str(tmp_path)).class_names == ("cat",)
+
+
+def test_damaged_tar_keeps_the_members_before_the_damage(tmp_path: Path):
+    members = {f"cat/{i}.png": encoded(pixels(i)) for i in range(3)}
+    whole = write_tar(tmp_path / "whole.tar", members).read_bytes()
+    (tmp_path / "whole.tar").write_bytes(whole[: len(whole) // 2])
+    listing = list_source(str(tmp_path / "whole.tar"))
+    assert listing.candidates
+    records = list(read_records(listing.candidates))
+    assert any(r.error for r in records) or listing.rejects
+
+
+def test_compressed_tar_is_refused_with_a_reason(tmp_path: Path):
+    write_tar(tmp_path / "set.tar.gz", {"cat/1.png": encoded(pixels(0))}, "w:gz")
+    with pytest.raises(ValueError, match="compressed"):
+        list_source(str(tmp_path / "set.tar.gz"))
+
+
+def test_vanished_tar_gives_errors_not_a_crash(tmp_path: Path):
+    gone = Candidate("k", "c", "", "tar", str(tmp_path / "gone.tar"), 0, 3)
+    assert next(iter(read_records([gone]))).error
+
+
+def test_zip_inside_one_top_folder(tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.writestr("top/cat/1.png", encoded(pixels(0)))
+        archive.writestr("top/dog/1.png", encoded(pixels(1)))
+        archive.writestr("__MACOSX/top/dog/1.png", b"noise")
+    listing = list_source(str(tmp_path / "set.zip"))
+    assert listing.class_names == ("cat", "dog")
+    assert contents(tmp_path / "set.zip")["set.zip/top/dog/1.png"] == encoded(pixels(1))
+
+
+def test_damaged_zip_member_is_an_error_of_that_member(tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.writestr("cat/1.png", encoded(pixels(0)))
+        archive.writestr("cat/2.png", encoded(pixels(1)))
+    data = bytearray((tmp_path / "set.zip").read_bytes())
+    data[60] ^= 0xFF
+    (tmp_path / "set.zip").write_bytes(bytes(data))
+    records = list(read_records(list_source(str(tmp_path / "set.zip")).candidates))
+    assert [bool(r.error) for r in records] == [True, False]
+
+
+def test_file_that_is_no_zip_is_reported(tmp_path: Path):
+    (tmp_path / "set.zip").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="zip archive is damaged"):
+        list_source(str(tmp_path / "set.zip"))
+    gone = Candidate("k", "c", "", "zip", str(tmp_path / "gone.zip"), member="a")
+    assert next(iter(read_records([gone]))).error
+
+
+@pytest.mark.parametrize("as_struct", [True, False])
+def test_parquet_with_labels(tmp_path: Path, as_struct: bool):
+    images = [encoded(pixels(i)) for i in range(5)]
+    column = [{"bytes": i, "path": None} for i in images] if as_struct else images
+    table = pa.table({"image": column, "label": [0, 1, 0, 1, None]})
+    if as_struct:
+        features = {"info": {"features": {"label": {"names": ["cat", "dog"]}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    pq.write_table(table, tmp_path / "set.parquet", row_group_size=2)
+    listing = list_source(str(tmp_path / "set.parquet"))
+    assert listing.class_names == (("cat", "dog") if as_struct else ("0", "1"))
+    assert [key for key, _ in listing.rejects] == ["set.parquet/00000004"]
+    assert list(contents(tmp_path / "set.parquet").values()) == images[:4]
+
+
+def test_parquet_without_images_names_its_columns(tmp_path: Path):
+    pq.write_table(pa.table({"photo": [b"x"]}), tmp_path / "set.parquet")
+    with pytest.raises(ValueError, match=r"image_column to one of \['photo'\]"):
+        list_source(str(tmp_path / "set.parquet"))
+
+
+def test_parquet_rows_without_bytes_and_broken_files_are_errors(tmp_path: Path):
+    pq.write_table(pa.table({"image": ["text"]}), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
+    listing = list_source(str(tmp_path))
+    assert [key for key, _ in listing.rejects] == ["b.parquet"]
+    assert "no image bytes but str" in next(iter(read_records(listing.candidates))).error
+    gone = Candidate("k", "c", "", "parquet", str(tmp_path / "gone.parquet"), member="image")
+    assert next(iter(read_records([gone]))).error
+
+
+def test_cifar_sheets_keep_splits_labels_and_pixels(tmp_path: Path):
+    train = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
+    write_sheets(tmp_path, "train", train, [3] * 10)
+    write_sheets(tmp_path, "val", train[:2], [9, 0])
+    listing = list_cifar(str(tmp_path))
+    assert [c.split for c in listing.candidates] == ["train"] * 10 + ["val"] * 2
+    assert listing.candidates[-2].class_name == "truck"
+    read = [r.data for r in read_records(listing.candidates)]
+    np.testing.assert_array_equal(np.stack(read[:10]), train)
+
+
+def test_cifar_labels_that_do_not_fit_the_sheets_are_an_error(tmp_path: Path):
+    (tmp_path / "train_lables.json").write_text("[1, 2, 3]")
+    with pytest.raises(ValueError, match="multiple of the"):
+        list_cifar(str(tmp_path))
+
+
+def test_folder_that_cannot_be_entered_is_reported(tmp_path: Path, monkeypatch):
+    import os
+
+    root = make_folder(tmp_path / "photos", per_class=1)
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert ("dog", "folder cannot be read: Permission denied") in list_source(str(root)).rejects
+
+
+def test_remote_sources_go_through_fsspec(tmp_path: Path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/photos/cat/1.png", encoded(pixels(0)))
+    memory.pipe_file("/photos/.hidden/1.png", b"x")
+    assert keys("memory://photos") == ["cat/1.png"]
+    assert contents("memory://photos")["cat/1.png"] == encoded(pixels(0))
+    with pytest.raises(FileNotFoundError, match="does not exist or is empty"):
+        list_source("memory://nothing")

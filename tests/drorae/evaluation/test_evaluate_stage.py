@@ -1,0 +1,179 @@
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import build_tiny_features, output_of
+from PIL import Image
+
+from drorae.config import from_json, to_json
+from drorae.data.shard_map import run_in_process
+from drorae.evaluation import stages
+from drorae.evaluation.job import EvaluateJob, ReportJob
+from drorae.evaluation.stages import run_evaluate, run_report
+from drorae.models.encoder import EncoderConfig
+from drorae.store import files
+from drorae.store.context import StageContext, StageResult
+
+JOB = EvaluateJob(
+    num_val_images=0,
+    num_samples=7,
+    num_grid_points=3,
+    feature_px=32,
+    kid_subset=4,
+    isc_splits=2,
+    batch_images=4,
+    chunk_samples=3,
+    bootstrap_replicates=100,
+    lpips_net="alex",
+    num_grid_images=2,
+    num_diagnostic_images=5,
+)
+
+
+@pytest.fixture
+def evaluate(monkeypatch: pytest.MonkeyPatch, assets: Path, encoder_config: EncoderConfig):  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(stages, "build_features", build_tiny_features)
+    monkeypatch.setattr(stages, "asset_path", lambda name: assets / f"{name}.safetensors")
+
+    def run(ctx: StageContext, job: EvaluateJob = JOB) -> StageResult:
+        return run_evaluate(
+            ctx, seed=3, encoder=encoder_config, evaluate=job, executor=run_in_process
+        )
+
+    return run
+
+
+def read_metrics(ctx: StageContext) -> dict:  # type: ignore[type-arg]
+    return json.loads(Path(ctx.output_uri, "metrics.json").read_text())
+
+
+def test_all_models_sets_and_files_are_there(evaluate, context: StageContext) -> None:  # type: ignore[no-untyped-def]
+    result = evaluate(context)
+    found = read_metrics(context)
+    assert set(found["reconstruction"]) == {"rae", "fusion", "finetune", "control"}
+    assert set(found["differences"]) >= {"fusion-rae", "finetune-control"}
+    assert set(found["generation"]) == {
+        "unguided",
+        "unguided@decoder",
+        "cfg",
+        "autoguidance",
+        "autoguidance@decoder",
+        "untrained",
+        "reconstruction",
+        "real",
+    }
+    assert found["generation"]["unguided@decoder"]["decoder"] == "decoder"
+    assert found["generation"]["unguided"]["num_images"] == 7
+    assert found["meta"]["num_val_images"] == 10
+    assert len(found["meta"]["feature_identity"].split(":")[-1]) == 64
+    names = {entry.name for entry in result.files}
+    assert {
+        "metrics.json",
+        "per_image.parquet",
+        "grids/reconstruction.png",
+        "grids/routing.png",
+    } <= names
+    assert "grids/samples-cfg.png" in names
+    assert (
+        result.metrics["reconstruction/rae/psnr"] == found["reconstruction"]["rae"]["psnr"]["mean"]
+    )
+    assert all(np.isfinite(v) for v in result.metrics.values())
+
+
+def test_means_are_those_of_the_per_image_table(evaluate, context: StageContext) -> None:  # type: ignore[no-untyped-def]
+    evaluate(context)
+    table = pq.read_table(Path(context.output_uri, "per_image.parquet")).to_pandas()
+    assert len(table) == 4 * 10
+    means = table.groupby("model")["psnr"].mean()
+    found = read_metrics(context)
+    for model, values in found["reconstruction"].items():
+        assert values["psnr"]["mean"] == pytest.approx(means[model], abs=1e-4)
+    paired = found["differences"]["fusion-rae"]["psnr"]["mean"]
+    assert paired == pytest.approx(means["fusion"] - means["rae"], abs=1e-4)
+
+
+def test_numbers_do_not_depend_on_batch_or_chunk_size(
+    evaluate, context: StageContext, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
+    first = evaluate(context)
+    other = dataclasses.replace(context, output_uri=str(tmp_path / "other"), work_uri="")
+    second = evaluate(other, dataclasses.replace(JOB, batch_images=2, chunk_samples=5))
+    for name, value in first.metrics.items():
+        # Float sums of another batch shape may flip a truncated byte here and there.
+        assert second.metrics[name] == pytest.approx(value, rel=0.02, abs=1e-3), name
+
+
+def test_finished_chunks_are_not_drawn_again(evaluate, context: StageContext) -> None:  # type: ignore[no-untyped-def]
+    first = evaluate(context)
+    chunk = files.join(context.work_uri, "samples", "cfg-00000000.npz")
+    before = Path(chunk).stat().st_mtime_ns
+    files.delete(files.join(context.work_uri, "done", "unguided-00000003.json"))
+    second = evaluate(context)
+    assert Path(chunk).stat().st_mtime_ns == before
+    assert second.metrics == first.metrics
+
+
+def test_without_control_guide_is_used_and_control_left_out(
+    evaluate, context: StageContext
+) -> None:  # type: ignore[no-untyped-def]
+    context.inputs.pop("control")
+    evaluate(context, dataclasses.replace(JOB, num_val_images=6, decoder_for_samples="decoder"))
+    found = read_metrics(context)
+    assert "control" not in found["reconstruction"]
+    assert "finetune-control" not in found["differences"]
+    assert "unguided@finetune" in found["generation"]
+
+
+def test_more_photos_than_there_are_is_an_error(evaluate, context: StageContext) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match="exceeds the 10 held-out photos"):
+        evaluate(context, dataclasses.replace(JOB, num_val_images=11))
+
+
+def test_report_is_made_from_finished_stages(
+    evaluate, context: StageContext, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
+    evaluation = output_of(context, evaluate(context))
+    report = StageContext(
+        stage="report",
+        key="report-key",
+        output_uri=str(tmp_path / "report"),
+        inputs={**context.inputs, "evaluate": evaluation},
+    )
+    result = run_report(report, recipe="tiny", report=ReportJob(title="Tiny"))
+    page = Path(report.output_uri, "report.html").read_text()
+    assert result.files[0].name == "report.html"
+    assert "9 training and 10 held-out photos" in page
+    assert "Classifier-free guidance" in page
+    assert 'id="curves-diffusion-' in page
+
+
+def test_grids_are_pictures(evaluate, context: StageContext) -> None:  # type: ignore[no-untyped-def]
+    evaluate(context)
+    data = Path(context.output_uri, "grids", "samples-unguided.png").read_bytes()
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.height == 3 * 66 - 2  # one row per class
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_samples": 0},
+        {"num_grid_points": 1},
+        {"guidance_interval": (0.5, 0.5)},
+        {"feature_extractor": "inception-v3"},
+        {"bootstrap_replicates": 5},
+        {"cfg_scale": 0.5},
+        {"num_val_images": -1},
+    ],
+)
+def test_settings_out_of_range_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"evaluate\."):
+        dataclasses.replace(JOB, **change)  # type: ignore[arg-type]
+
+
+def test_settings_survive_json() -> None:
+    assert from_json(EvaluateJob, to_json(JOB)) == JOB

@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from drorae.diffusion.guidance import GuidanceConfig
+from drorae.evaluation.inference import (
+    SamplerSettings,
+    load_generator,
+    load_tokenizer,
+    reconstruct_files,
+    sample_images,
+)
+from drorae.store.workspace import StageOutput
+
+SETTINGS = SamplerSettings(guidance=GuidanceConfig(kind="cfg", scale=1.5), num_grid_points=3)
+
+
+def test_files_are_shown_beside_their_reconstructions(
+    outputs: dict[str, StageOutput], tmp_path: Path
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    tokenizer = load_tokenizer(outputs)
+    picture = reconstruct_files(tokenizer, [tmp_path / "photo.png"])
+    assert picture.dtype == np.uint8
+    assert picture.shape[1] > 4 * 64  # input, RAE, fusion, fine-tuned
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        reconstruct_files(tokenizer, [tmp_path / "none.png"])
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(ValueError, match="cannot be used"):
+        reconstruct_files(tokenizer, [tmp_path / "text.png"])
+
+
+def test_a_sample_depends_on_its_index_not_on_its_batch(outputs: dict[str, StageOutput]) -> None:
+    generator = load_generator(outputs)
+    labels = torch.tensor([0, 1, 2])
+    together = generator.sample(labels, [4, 5, 6], SETTINGS, 0)
+    alone = generator.sample(labels[1:2], [5], SETTINGS, 0)
+    # Batched matrix products round differently.
+    torch.testing.assert_close(together[1:2], alone, atol=1e-4, rtol=1e-4)
+    other_seed = generator.sample(labels[1:2], [5], SETTINGS, 1)
+    assert not torch.allclose(alone, other_seed, atol=1e-2)
+
+
+def test_an_untrained_generator_returns_its_noise_and_leaves_the_seed_alone(
+    outputs: dict[str, StageOutput],
+) -> None:
+    generator = load_generator(outputs)
+    state = torch.get_rng_state()
+    floor = generator.untrained(0)
+    assert torch.equal(torch.get_rng_state(), state)
+    plain = SamplerSettings(guidance=GuidanceConfig(), num_grid_points=3, sampler="heun")
+    latents = floor.sample(torch.zeros(40, dtype=torch.int64), list(range(40)), plain, 0)
+    # Zero velocity: unit noise scaled by the stored deviation, sqrt(.9 + 1e-5).
+    assert latents.std().item() == pytest.approx(0.9**0.5, rel=0.02)
+
+
+def test_images_of_a_class(outputs: dict[str, StageOutput]) -> None:
+    tokenizer, generator = load_tokenizer(outputs), load_generator(outputs)
+    images = sample_images(tokenizer, generator, 2, num_images=3, settings=SETTINGS)
+    assert images.shape == (3, 3, 32, 32)
+    assert images.dtype == torch.uint8
+    with pytest.raises(ValueError, match="out of range"):
+        sample_images(tokenizer, generator, 3, num_images=1, settings=SETTINGS)
+
+
+def test_missing_stages_are_named(outputs: dict[str, StageOutput]) -> None:
+    with pytest.raises(ValueError, match="needs fusion and a decoder"):
+        load_tokenizer({"fusion": outputs["fusion"]})
+    with pytest.raises(ValueError, match="needs diffusion and latents"):
+        load_generator({"diffusion": outputs["diffusion"]})
+    only = load_tokenizer({k: outputs[k] for k in ("fusion", "decoder")})
+    with pytest.raises(ValueError, match="not loaded"):
+        only.decode(torch.zeros(1, 16, 16), "finetune")

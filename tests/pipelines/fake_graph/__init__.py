@@ -1,0 +1,1 @@
+"""A small graph without training, to test ordering, retries and reuse with."""

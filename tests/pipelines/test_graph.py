@@ -1,0 +1,95 @@
+"""The flow on a real Prefect server, with stages that only write a file."""
+
+from pathlib import Path
+
+import pytest
+from fake_graph import stages as fake
+
+from pipelines import cli, graph
+from pipelines.launch import StageFailed
+
+pytestmark = [
+    pytest.mark.usefixtures("prefect"),
+    # Prefect leaves event loops and sockets to the garbage collector when its threads end.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "run_stage", graph.run_stage.with_options(retry_delay_seconds=0))
+
+
+def run(workspace: Path, *overrides: str, **more: object) -> dict[str, str]:
+    return graph.drorae(
+        recipe="fake", workspace=str(workspace), overrides=list(overrides), **more
+    )
+
+
+def test_every_stage_runs_once_after_its_needs(workspace: Path) -> None:
+    outputs = run(workspace)
+    assert set(outputs) == {"a", "b", "c", "d", "report"}
+    order = fake.built()
+    assert order[:2] == ["a", "b"]
+    assert order[-1] == "report"
+    assert sorted(order) == ["a", "b", "c", "d", "report"]
+    text = Path(outputs["report"], "report.html").read_text()
+    assert "c=" in text
+    run(workspace)
+    assert len(fake.built()) == 5
+
+
+def test_stages_without_an_edge_overlap_and_the_limit_holds(workspace: Path) -> None:
+    slow = ("c.sleep_s=3", "d.sleep_s=3")
+    run(workspace, *slow, jobs=2)
+    times = {(e["stage"], e["event"]): e["time"] for e in fake.events()}
+    assert times["c", "start"] < times["d", "done"]
+    assert times["d", "start"] < times["c", "done"]
+
+
+def test_a_failure_is_retried_as_a_new_attempt(workspace: Path) -> None:
+    run(workspace, "b.fail_attempts=1")
+    starts = [e["attempt"] for e in fake.events() if (e["stage"], e["event"]) == ("b", "start")]
+    assert starts == [1, 2]
+
+
+def test_a_users_error_is_not_retried_and_the_rest_goes_on(workspace: Path) -> None:
+    with pytest.raises(StageFailed, match="stage c failed: planned failure of c"):
+        run(workspace, "c.fail_attempts=9", "c.user_error=true")
+    events = fake.events()
+    assert sum((e["stage"], e["event"]) == ("c", "start") for e in events) == 1
+    assert "d" in fake.built()
+    assert "report" not in fake.built()
+
+
+def test_a_damaged_file_rebuilds_its_stage_alone(
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    run(workspace)
+    next(workspace.glob("stages/b/*/out.txt")).unlink()
+    assert cli.main(["run", "--recipe", "fake", "--workspace", str(workspace)]) == 0
+    assert fake.built()[5:] == ["b"]
+    out = capsys.readouterr().out
+    assert "b: damaged: out.txt is missing" in out
+    assert out.count("reused") >= 4
+
+
+def test_only_from_and_force(workspace: Path) -> None:
+    run(workspace)
+    run(workspace, only="c", force=["c"])
+    run(workspace, "d.text=new", only="d")
+    run(workspace, from_stage="c", force=["report"])
+    assert fake.built()[5:] == ["c", "d", "report"]
+
+
+def test_a_failed_stage_is_exit_code_1_and_one_line(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", "--recipe", "fake", "--set", "a.fail_attempts=9", "--retries", "0"]
+    assert cli.main([*arguments, "--workspace", str(workspace)]) == 1
+    captured = capsys.readouterr()
+    assert "drorae: error: stage a failed: planned failure of a (log: " in captured.err
+    assert "Traceback" not in captured.err + captured.out
