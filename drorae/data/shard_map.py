@@ -5,7 +5,9 @@ themselves, atomically and under fixed names, and return a small JSON result. Th
 `done/<name>.json` is written after the worker's files; it holds that result.
 """
 
+import functools
 import json
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -145,7 +147,12 @@ def run_on_ray(
     compute: Compute,
     num_gpus: float,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Run tasks on a Ray Data actor pool, one block a task (an `Executor`)."""
+    """Run tasks on a Ray Data actor pool, one block a task (an `Executor`).
+
+    Raises:
+        ValueError: As a task raised it; likewise FileNotFoundError.
+        RuntimeError: Any other error of a task.
+    """
     # Ray starts slowly and a process that only reads shards never needs it.
     import ray.data
 
@@ -164,21 +171,45 @@ def run_on_ray(
         num_gpus=num_gpus or None,
     )
     for row in results.iter_rows():
+        if row["error"]:
+            raise _as_raised(row["name"], json.loads(row["error"]))
         yield row["name"], json.loads(row["result"])
 
 
+def _as_raised(name: str, error: dict[str, str]) -> Exception:
+    kinds = {"ValueError": ValueError, "FileNotFoundError": FileNotFoundError}
+    kind = kinds.get(error["type"], RuntimeError)
+    again = kind(f"shard {name} failed: {error['message']}")
+    again.add_note(error["trace"])
+    return again
+
+
 class _RayRow:
-    """Adapter of a worker to rows of text: Arrow must not guess a schema from payloads."""
+    """Adapter of a worker to rows of text: Arrow must not guess a schema from payloads.
+
+    Errors travel as rows too, because Ray Data buries an exception of a task in its own advice. The
+    worker is built at its first row, so that what goes wrong there is told the same way.
+    """
 
     def __init__(
         self, worker: Callable[..., ShardWorker], worker_args: tuple[Any, ...], threads: int
     ) -> None:
+        self._build = functools.partial(worker, *worker_args)
+        self._threads = threads
+
+    @functools.cached_property
+    def _worker(self) -> ShardWorker:
         import torch  # heavy: only in the actor
 
-        torch.set_num_threads(threads)
-        self._worker = worker(*worker_args)
+        torch.set_num_threads(self._threads)
+        return self._build()
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         name = str(row["name"])
-        result = self._worker(ShardTask(name, json.loads(row["payload"])))
-        return {"name": name, "result": json.dumps(result)}
+        try:
+            result = self._worker(ShardTask(name, json.loads(row["payload"])))
+        except Exception as error:
+            record = {"type": type(error).__name__, "message": str(error)}
+            record["trace"] = traceback.format_exc()
+            return {"name": name, "result": "", "error": json.dumps(record)}
+        return {"name": name, "result": json.dumps(result), "error": ""}

@@ -1,7 +1,8 @@
 """Paired bootstrap intervals over image ids.
 
-Every model and metric is resampled with the same drawn ids, so a difference between two models is a paired difference and
-its interval is not widened by the spread between images. Draws are stratified by class where labels are given.
+Every model and metric is resampled with the same drawn ids, so a difference between two models is a
+paired difference and its interval is not widened by the spread between images. Draws are stratified
+by class where labels are given.
 
 Source: HiRAE's reporting (within-class resampling, 1000 to 2000 replicates, shared ids, 95 %).
 """

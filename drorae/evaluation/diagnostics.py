@@ -1,8 +1,8 @@
-"""What the fusion does inside: routing maps, angles to the base latent, spectra, and how fragile decoding is.
+"""What the fusion does inside: routing, angles to the base latent, spectra, decoding sensitivity.
 
-All functions are pure: tensors in, numbers or arrays out. The angle is the real trust region of DRoRAE: both ends of
-the blend have unit norm, so beta bounds the rotation of a token at asin(beta / (1 - beta)), reached at
-cos(fused, base) = -beta / (1 - beta).
+All functions are pure: tensors in, numbers or arrays out. The angle is the real trust region of
+DRoRAE: both ends of the blend have unit norm, so beta bounds the rotation of a token at asin(beta /
+(1 - beta)), reached at cos(fused, base) = -beta / (1 - beta).
 """
 
 import math
@@ -46,7 +46,7 @@ def routing_maps(
 
 
 def routing_report(weights: Float[Tensor, "batch tokens layers"]) -> dict[str, list[float] | float]:
-    """Per layer: mean, spread, share of positive weights; plus effective layers and smoothness of the maps."""
+    """Per-layer mean, spread and positive share; effective layers; smoothness of the maps."""
     unit = weights / weights.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     maps = routing_maps(unit)
     across = (maps[..., :, 1:] - maps[..., :, :-1]).abs().mean()
@@ -105,7 +105,7 @@ def radial_spectrum_difference(
     other: Float[Tensor, "batch 3 height width"],
     num_bands: int = 8,
 ) -> dict[str, list[float] | float]:
-    """Difference of log-magnitude spectra (natural log), overall and per radial band from low to high frequency.
+    """Difference of natural-log magnitude spectra, overall and per band from low to high frequency.
 
     `signed` below zero means that the reconstruction lacks energy there.
     """
@@ -137,7 +137,7 @@ def decoding_sensitivity(
     relative_norms: Sequence[float] = (0.01, 0.02, 0.05, 0.1),
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """LPIPS between decodings of a latent and of the latent plus Gaussian noise of a given relative norm.
+    """LPIPS between decodings of a latent and of the latent plus noise of a given relative norm.
 
     Args:
         latents: Normalised latents; the noise is scaled to each latent's own norm.

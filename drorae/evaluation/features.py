@@ -1,9 +1,10 @@
-"""Features of images for set distances: EfficientNet-Lite0 as a torch-fidelity extractor, or the standard Inception.
+"""Image features for set distances: EfficientNet-Lite0 or the standard Inception.
 
-The standard Inception weights are in no package registry, so the default feature space is the 1280 pooled channels of
-ImageNet EfficientNet-Lite0. Distances in it are named as such and compare with no published FID. Features of one set of
-images are computed once and reused for every metric; an optional file cache is keyed by the content of images and weights,
-never by a name (torch-fidelity's own cache takes a name and returns stale features when it is reused).
+The standard Inception weights are in no package registry, so the default feature space is the 1280
+pooled channels of ImageNet EfficientNet-Lite0. Distances in it are named as such and compare with
+no published FID. Features of one set of images are computed once and reused for every metric; an
+optional file cache is keyed by the content of images and weights, never by a name (torch-fidelity's
+own cache takes a name and returns stale features when it is reused).
 """
 
 import hashlib
@@ -46,12 +47,13 @@ class FeatureSet:
 
 
 class EfficientNetLite0Features(FeatureExtractorBase):
-    """timm's `tf_efficientnet_lite0` behind torch-fidelity's interface: features "1280" and "logits".
+    """timm's `tf_efficientnet_lite0` as a torch-fidelity extractor: "1280" and "logits".
 
     Args:
         name: Registered name.
         features_list: Which features to return.
-        feature_extractor_weights_path: Safetensors file with timm's state dict; required, nothing is downloaded.
+        feature_extractor_weights_path: Safetensors file with timm's state dict; required, nothing
+            is downloaded.
         feature_px: Side to which images are resized (bicubic, antialiased), pixels.
         **kwargs: torch-fidelity's other settings, unused.
     """
@@ -67,10 +69,11 @@ class EfficientNetLite0Features(FeatureExtractorBase):
         super().__init__(name, features_list)
         if feature_extractor_weights_path is None:
             raise ValueError(
-                "efficientnet-lite0 got no weights path: expected a safetensors file; run `drorae assets fetch smoke`."
+                "efficientnet-lite0 got no weights path: expected a safetensors file; run `drorae "
+                "assets fetch smoke`."
             )
         self.feature_px = feature_px
-        self.net = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        self.net: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         self.net.load_state_dict(load_file(feature_extractor_weights_path))
         self.net.requires_grad_(False).eval()
 
@@ -147,7 +150,8 @@ class Features:
         """
         if images.dtype != torch.uint8 or len(images) == 0:
             raise ValueError(
-                f"features got {images.dtype} {tuple(images.shape)}: expected at least one uint8 image."
+                f"features got {images.dtype} {tuple(images.shape)}: expected at least one uint8 "
+                "image."
             )
         cached = self._cache_file(images)
         if cached is not None and cached.exists():

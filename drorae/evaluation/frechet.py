@@ -1,10 +1,11 @@
-"""Distances between sets of features: Frechet distance, KID, precision and recall, and an Inception-Score-like number.
+"""Distances between feature sets: Frechet, KID, precision and recall, Inception-like score.
 
-The numbers come from torch-fidelity's own functions, applied to features that were computed once; only the Frechet
-distance does not: there torch-fidelity takes the eigenvalues of a non-symmetric product, several times slower and a place
-where BLAS and SciPy builds have been wrong. Here it comes from a symmetric eigendecomposition in float64, and torch-fidelity's
-value is the cross-check that must agree, once per evaluation. With fewer images than feature dimensions the covariances
-are singular and the distance is biased upwards: compare only sets of equal size.
+The numbers come from torch-fidelity's own functions, applied to features that were computed once;
+only the Frechet distance does not: there torch-fidelity takes the eigenvalues of a non-symmetric
+product, several times slower and a place where BLAS and SciPy builds have been wrong. Here it comes
+from a symmetric eigendecomposition in float64, and torch-fidelity's value is the cross-check that
+must agree, once per evaluation. With fewer images than feature dimensions the covariances are
+singular and the distance is biased upwards: compare only sets of equal size.
 """
 
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ __all__ = [
 AGREEMENT = 1e-3
 """Largest allowed difference of the two Frechet computations, relative to the scale of the traces.
 
-Square roots of the near-zero eigenvalues of a singular product amplify float64 rounding (1e-16) to 1e-8 each."""
+Square roots of the near-zero eigenvalues of a singular product amplify float64 rounding (1e-16) to
+1e-8 each."""
 NUM_KID_SUBSETS = 50
 PRC_NEIGHBOURS = 3  # Kynkaanniemi et al. 2019
 
@@ -61,7 +63,8 @@ class SetMetrics:
     recall: float
     """Share of the reference inside the set's manifold (3 neighbours)."""
     score: float
-    """exp of the mean KL of class posteriors: the Inception Score formula with this extractor's classifier."""
+    """exp of the mean KL of class posteriors: the Inception Score formula with this extractor's
+    classifier."""
     num_images: int
     """Images in the set."""
 
@@ -122,7 +125,8 @@ def cross_checked(value: float, first: Gaussian, second: Gaussian) -> float:
     scale = np.trace(first.covariance) + np.trace(second.covariance)
     if not np.isfinite(other) or abs(value - other) > AGREEMENT * max(float(scale), 1e-12):
         raise RuntimeError(
-            f"Frechet distance is {value:.6g} from the symmetric form but {other:.6g} from torch-fidelity: expected "
+            f"Frechet distance is {value:.6g} from the symmetric form but {other:.6g} from "
+            "torch-fidelity: expected "
             "agreement; the BLAS/LAPACK of this NumPy is wrong, install another build."
         )
     return float(other)

@@ -1,8 +1,9 @@
 """Draw samples under every guidance and measure them against held-out photos.
 
-Sampling runs as restartable tasks (`sampling.py`); features are extracted chunk by chunk, so that memory does not grow with
-the number of samples. Two ceilings are measured beside the samples: real training photos, and reconstructions of
-the reference photos by the decoder that draws the samples; the floor is the network freshly initialised.
+Sampling runs as restartable tasks (`sampling.py`); features are extracted chunk by chunk, so that
+memory does not grow with the number of samples. Two ceilings are measured beside the samples: real
+training photos, and reconstructions of the reference photos by the decoder that draws the samples;
+the floor is the network freshly initialised.
 """
 
 import functools
@@ -31,7 +32,8 @@ class SampleSets:
     features: dict[str, FeatureSet]
     """Features in the order of the sample index."""
     examples: dict[str, np.ndarray]
-    """First images of each set, uint8 [N, 3, H, W]: index i has class i modulo the number of classes."""
+    """First images of each set, uint8 [N, 3, H, W]: index i has class i modulo the number of
+    classes."""
 
 
 def set_name(guidance: str, stage: str, evaluate: EvaluateJob) -> str:
@@ -101,7 +103,7 @@ def measure_sets(
     decoders: dict[str, str],
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Every set against the reference photos; the first one is cross-checked against torch-fidelity.
+    """Every set against the reference photos; the first is cross-checked with torch-fidelity.
 
     Args:
         sets: Features by set name.
@@ -133,5 +135,5 @@ def measure_sets(
 def class_rows(
     images: np.ndarray, num_classes: int, shown: Sequence[int], columns: int
 ) -> list[np.ndarray]:
-    """One row of examples per shown class, out of images whose class is index modulo the number of classes."""
+    """Rows of examples by class, from images whose class is their index modulo the classes."""
     return [images[label::num_classes][:columns] for label in shown]

@@ -1,6 +1,7 @@
 """Image grids with labels: uint8 HWC arrays for the tracker and PNG bytes for files.
 
-Small pictures are enlarged by whole factors with nearest neighbour, so that what is seen is what was measured.
+Small pictures are enlarged by whole factors with nearest neighbour, so that what is seen is what
+was measured.
 """
 
 import io
@@ -26,7 +27,8 @@ def to_hwc(images: np.ndarray) -> np.ndarray:
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
-            f"grid got {images.dtype} {images.shape}: expected uint8 [N, 3, H, W]; truncate with to_uint8 first."
+            f"grid got {images.dtype} {images.shape}: expected uint8 [N, 3, H, W]; truncate with "
+            "to_uint8 first."
         )
     return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
 
@@ -48,13 +50,15 @@ def image_grid(
         One uint8 picture [height, width, 3].
 
     Raises:
-        ValueError: If there is no picture, or the number of row labels differs from the number of rows.
+        ValueError: If there is no picture, or the number of row labels differs from the number of
+        rows.
     """
     if not rows or not any(len(r) for r in rows):
         raise ValueError("image grid got no pictures: expected at least one row with one picture.")
     if row_labels and len(row_labels) != len(rows):
         raise ValueError(
-            f"image grid got {len(row_labels)} row labels for {len(rows)} rows: expected one each or none."
+            f"image grid got {len(row_labels)} row labels for {len(rows)} rows: expected one each "
+            "or none."
         )
     height, width = next(r for r in rows if len(r)).shape[1:3]
     factor = max(1, -(-MIN_TILE_PX // min(height, width)))

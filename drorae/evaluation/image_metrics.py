@@ -1,9 +1,10 @@
 """PSNR, SSIM and LPIPS, one value per image, on 8-bit images as the RAE protocol measures them.
 
-Reconstructions are turned into uint8 by truncation (no rounding), which lowers every value by half a step on average; this
-is part of the published protocol and is repeated here so that numbers can agree. SSIM is torchmetrics' default definition
-(Gaussian 11 x 11, sigma 1.5, k = .01/.03, reflected borders), written out because one convolution does not earn a
-dependency at run time; a test holds it to torchmetrics.
+Reconstructions are turned into uint8 by truncation (no rounding), which lowers every value by half
+a step on average; this is part of the published protocol and is repeated here so that numbers can
+agree. SSIM is torchmetrics' default definition (Gaussian 11 x 11, sigma 1.5, k = .01/.03, reflected
+borders), written out because one convolution does not earn a dependency at run time; a test holds
+it to torchmetrics.
 
 Source: RAE evaluation code as restated in the project's reference, section 5.
 """
@@ -50,8 +51,8 @@ def ssim_per_image(
 ) -> Float[Tensor, " batch"]:
     """Structural similarity, mean over channels and positions, data range 1.
 
-    Borders are reflected and count, as in torchmetrics since its pull request 2721 (September 2024); older releases left
-    out a band of 5 pixels.
+    Borders are reflected and count, as in torchmetrics since its pull request 2721 (September
+    2024); older releases left out a band of 5 pixels.
 
     Raises:
         ValueError: If the images are smaller than the window.
@@ -59,7 +60,8 @@ def ssim_per_image(
     _check_pair(original, other)
     if min(original.shape[-2:]) < SSIM_WINDOW_PX:
         raise ValueError(
-            f"SSIM got images of {tuple(original.shape[-2:])} px: expected at least {SSIM_WINDOW_PX} px a side; "
+            f"SSIM got images of {tuple(original.shape[-2:])} px: expected at least "
+            f"{SSIM_WINDOW_PX} px a side; "
             "use larger images."
         )
     first, second = to_unit(original), to_unit(other)
@@ -84,7 +86,8 @@ def lpips_per_image(
     Args:
         original: Photos.
         other: Reconstructions.
-        distance: `drorae.losses.perceptual` network: takes images in [0, 1], returns one value per image.
+        distance: `drorae.losses.perceptual` network: takes images in [0, 1], returns one value per
+            image.
     """
     _check_pair(original, other)
     with torch.no_grad():
@@ -94,7 +97,8 @@ def lpips_per_image(
 def _check_pair(original: Tensor, other: Tensor) -> None:
     if original.shape != other.shape:
         raise ValueError(
-            f"image metric got shapes {tuple(original.shape)} and {tuple(other.shape)}: expected equal shapes; "
+            f"image metric got shapes {tuple(original.shape)} and {tuple(other.shape)}: expected "
+            "equal shapes; "
             "pair each reconstruction with its own photo."
         )
 

@@ -1,7 +1,8 @@
-"""Finished stages as usable models: load a tokenizer or a generator, reconstruct files, draw samples of a class.
+"""Finished stages as usable models: load them, reconstruct files, draw samples of a class.
 
-This is what the `drorae reconstruct` and `drorae sample` commands call, and what the evaluate stage is built on. Everything
-is read from stage outputs, whose `config.json` rebuilds the networks; nothing here knows a recipe.
+This is what the `drorae reconstruct` and `drorae sample` commands call, and what the evaluate stage
+is built on. Everything is read from stage outputs, whose `config.json` rebuilds the networks;
+nothing here knows a recipe.
 """
 
 from collections.abc import Mapping, Sequence
@@ -63,7 +64,7 @@ class SamplerSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tokenizer:
-    """Frozen encoder, trained fusion, and every decoder that was trained for them; all in eval mode."""
+    """Frozen encoder, trained fusion and every decoder trained for them; all in eval mode."""
 
     encoder: Encoder
     fusion: nn.Module
@@ -93,7 +94,8 @@ class Tokenizer:
         """
         if stage not in self.decoders:
             raise ValueError(
-                f"decoder of stage {stage!r} is not loaded: expected one of {sorted(self.decoders)}; "
+                f"decoder of stage {stage!r} is not loaded: expected one of "
+                f"{sorted(self.decoders)}; "
                 "run that stage first."
             )
         return to_uint8(self.decoders[stage](tokens.to(self.device))).cpu()
@@ -116,7 +118,7 @@ class Generator:
         return self.model.config.num_classes
 
     def untrained(self, seed: int) -> "Generator":
-        """The same network freshly initialised, without a guide: the floor of every generation metric."""
+        """The same network freshly initialised: the floor of every generation metric."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = DiT(self.model.config).to(self.device).eval()
@@ -141,7 +143,8 @@ class Generator:
 
         Args:
             labels: Class of each sample.
-            indices: Global index of each sample: with `seed` it decides the noise, whatever the batch.
+            indices: Global index of each sample: with `seed` it decides the noise, whatever the
+                batch.
             settings: Solver and guidance.
             seed: Seed of the run.
 
@@ -179,7 +182,8 @@ def load_tokenizer(
     Args:
         outputs: Stage outputs by name: `fusion` and at least one of decoder, finetune, control.
         device: Where the networks go.
-        encoder: Configuration of the encoder; the one that the fusion was trained with unless given.
+        encoder: Configuration of the encoder; the one that the fusion was trained with unless
+            given.
 
     Raises:
         ValueError: If a needed stage is missing.
@@ -187,7 +191,8 @@ def load_tokenizer(
     stages = [s for s in DECODER_STAGES if s in outputs]
     if "fusion" not in outputs or not stages:
         raise ValueError(
-            f"a tokenizer needs fusion and a decoder, got the stages {sorted(outputs)}: run the missing stage."
+            f"a tokenizer needs fusion and a decoder, got the stages {sorted(outputs)}: run the "
+            "missing stage."
         )
     device = torch.device(device)
     config = outputs["fusion"].read_json("config.json")
@@ -212,14 +217,15 @@ def load_tokenizer(
 def load_generator(
     outputs: Mapping[str, StageOutput], *, device: torch.device | str = "cpu"
 ) -> Generator:
-    """Build the diffusion model (EMA weights) from the stages diffusion, latents and, if present, guide.
+    """Build the generator (EMA weights) from the stages diffusion, latents and, if present, guide.
 
     Raises:
         ValueError: If diffusion or latents is missing.
     """
     if not {"diffusion", "latents"} <= set(outputs):
         raise ValueError(
-            f"a generator needs diffusion and latents, got the stages {sorted(outputs)}: run the missing stage."
+            f"a generator needs diffusion and latents, got the stages {sorted(outputs)}: run the "
+            "missing stage."
         )
     device = torch.device(device)
     config = outputs["diffusion"].read_json("config.json")
@@ -236,7 +242,7 @@ def load_generator(
 
 
 def reconstruct_files(tokenizer: Tokenizer, paths: Sequence[str | Path]) -> np.ndarray:
-    """Reconstruct image files: one row each with input, RAE and every fused reconstruction side by side.
+    """Show image files beside their RAE and fused reconstructions, one row a file.
 
     Args:
         tokenizer: Loaded models.

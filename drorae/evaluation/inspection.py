@@ -1,4 +1,4 @@
-"""Run the diagnostics on held-out photos: routing, angles, spectra and decoding sensitivity of a loaded tokenizer."""
+"""Run all diagnostics of a loaded tokenizer on held-out photos."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,7 +86,7 @@ def routing_picture(images: Tensor, weights: Tensor) -> np.ndarray:
 
 
 def bounding_beta(config: FusionConfig) -> float:
-    """The blend weight that bounds the rotation, or 1 (no bound) for a fusion that is not a blend with the base."""
+    """The blend weight that bounds the rotation; 1 (no bound) for another kind of fusion."""
     return config.beta if config.kind == "drorae" and config.incremental else 1.0
 
 

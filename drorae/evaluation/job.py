@@ -1,4 +1,7 @@
-"""Settings of the `evaluate` and `report` stages. Imports only the standard library, so that planning needs no torch."""
+"""Settings of the stages `evaluate` and `report`.
+
+Imports only the standard library, so that planning a run needs no torch.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,7 +9,8 @@ from typing import Literal
 __all__ = ["GUIDANCES", "EvaluateJob", "ReportJob"]
 
 GUIDANCES = ("unguided", "cfg", "autoguidance", "untrained")
-"""Every way of sampling that is measured. `untrained` is the same network freshly initialised: the floor."""
+"""Every way of sampling that is measured. `untrained` is the same network freshly initialised: the
+floor."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,9 +18,11 @@ class EvaluateJob:
     """What the `evaluate` stage measures and how many images it spends on it."""
 
     control: bool = True
-    """Train and measure the control: the last-layer decoder trained on for as many steps as fusion and finetune took."""
+    """Train and measure the control: the last-layer decoder trained on for as many steps as fusion
+    and finetune took."""
     num_val_images: int = 1000
-    """Held-out photos to reconstruct, and the reference set of every distance; 0 means all. Ids 0..n-1 of the split."""
+    """Held-out photos to reconstruct, and the reference set of every distance; 0 means all. Ids
+    0..n-1 of the split."""
     num_samples: int = 1000
     """Images generated per way of sampling. The ADM protocol of the paper uses 50000."""
     sampler: Literal["euler", "heun"] = "euler"
@@ -24,23 +30,31 @@ class EvaluateJob:
     num_grid_points: int = 50
     """Points of the time grid; n points are n - 1 solver steps. RAE, imagenet256: 50."""
     grid_end: Literal["reference", "zero"] = "reference"
-    """`reference` stops at t = 0.001 before the shift, as RAE does; `zero` integrates to clean (RAEv2)."""
+    """`reference` stops at t = 0.001 before the shift, as RAE does; `zero` integrates to clean
+    (RAEv2)."""
     cfg_scale: float = 1.5
     """Classifier-free guidance: v_null + scale * (v - v_null); 1 is unguided. DRoRAE lists 1.5."""
     autoguidance_scale: float = 1.5
-    """AutoGuidance: v_weak + scale * (v - v_weak); 1 is unguided. DRoRAE: 1.5; RAE's tuned value is 1.42."""
+    """AutoGuidance: v_weak + scale * (v - v_weak); 1 is unguided. DRoRAE: 1.5; RAE's tuned value is
+    1.42."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Times t (t = 1 is noise, after the shift) at which guidance acts, both ends included. RAE: [0, 1]."""
+    """Times t (t = 1 is noise, after the shift) at which guidance acts, both ends included. RAE:
+    [0, 1]."""
     feature_extractor: Literal["efficientnet-lite0", "inception-v3"] = "efficientnet-lite0"
-    """Feature space of FD, KID, precision and recall. Only inception-v3 compares with published FID."""
+    """Feature space of FD, KID, precision and recall. Only inception-v3 compares with published
+    FID."""
     feature_px: int = 224
-    """Side to which images are resized for efficientnet-lite0, pixels. Inception always uses 299."""
+    """Side to which images are resized for efficientnet-lite0, pixels. Inception always uses
+    299."""
     inception_weights_path: str = ""
-    """File with torch-fidelity's converted Inception weights; needed for inception-v3 and read nowhere else."""
+    """File with torch-fidelity's converted Inception weights; needed for inception-v3 and read
+    nowhere else."""
     kid_subset: int = 100
-    """Images per KID subset; the smaller of the two sets is a hard limit (torch-fidelity issue 45)."""
+    """Images per KID subset; the smaller of the two sets is a hard limit (torch-fidelity issue
+    45)."""
     isc_splits: int = 10
-    """Splits of the Inception-Score-like number. 10 is customary; it needs many images per split."""
+    """Splits of the Inception-Score-like number. 10 is customary; it needs many images per
+    split."""
     batch_images: int = 64
     """Images per forward pass. Changes speed and memory only."""
     chunk_samples: int = 64
@@ -48,9 +62,11 @@ class EvaluateJob:
     bootstrap_replicates: int = 2000
     """Resamples of the image ids behind each 95 % interval."""
     lpips_net: Literal["vgg", "alex"] = "vgg"
-    """Trunk of LPIPS. RAE measures with the VGG that it also trains on; alex shares no weights with the loss."""
+    """Trunk of LPIPS. RAE measures with the VGG that it also trains on; alex shares no weights with
+    the loss."""
     decoder_for_samples: Literal["finetune", "decoder"] = "finetune"
-    """Stage whose decoder turns generated latents into images; the other one is measured as a decoder swap."""
+    """Stage whose decoder turns generated latents into images; the other one is measured as a
+    decoder swap."""
     num_grid_images: int = 8
     """Columns of the reconstruction grid, and samples per class in the sample grids."""
     num_grid_classes: int = 10
@@ -96,5 +112,6 @@ class ReportJob:
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
         raise ValueError(
-            f"evaluate.{name}={value!r} is out of range: expected {expected}; change it in the recipe or with --set."
+            f"evaluate.{name}={value!r} is out of range: expected {expected}; change it in the "
+            "recipe or with --set."
         )

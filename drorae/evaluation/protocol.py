@@ -1,4 +1,4 @@
-"""How the numbers of one evaluation were obtained, and what they may not be compared with. Goes into `metrics.json`."""
+"""How the numbers were obtained, and with what they do not compare: part of `metrics.json`."""
 
 from typing import Any
 
@@ -9,7 +9,8 @@ from drorae.models.encoder import EncoderConfig
 __all__ = ["caveats", "protocol"]
 
 SMALL_SET = 10_000
-"""Below this many images a Frechet distance is strongly biased upwards (TTUR advises 10,000 and more)."""
+"""Below this many images a Frechet distance is strongly biased upwards (TTUR advises 10,000 and
+more)."""
 
 
 def protocol(
@@ -62,32 +63,39 @@ def caveats(evaluate: EvaluateJob, encoder: EncoderConfig, num_val_images: int) 
     lines = []
     if evaluate.feature_extractor != "inception-v3":
         lines.append(
-            "FD, KID, precision, recall and the score use EfficientNet-Lite0 features, not Inception-v3: they compare "
+            "FD, KID, precision, recall and the score use EfficientNet-Lite0 features, not "
+            "Inception-v3: they compare "
             "with no published FID, KID or Inception Score, only with one another."
         )
     smallest = min(num_val_images, evaluate.num_samples)
     if smallest < SMALL_SET:
         lines.append(
-            f"The smallest set has {smallest} images. A Frechet distance of small sets is biased upwards, so rows with another "
+            f"The smallest set has {smallest} images. A Frechet distance of small sets is biased "
+            "upwards, so rows with another "
             "N are on another scale, and real photos do not reach 0."
         )
     if "saliency" in encoder.source:
         lines.append(
-            "The encoder is a DINOv2-S that was fine-tuned for saliency, which costs semantics: results say nothing about the "
+            "The encoder is a DINOv2-S that was fine-tuned for saliency, which costs semantics: "
+            "results say nothing about the "
             "untouched DINOv2."
         )
     if evaluate.lpips_net == "vgg":
         lines.append(
-            "LPIPS uses the VGG trunk that is also part of the training loss, as in RAE; set evaluate.lpips_net=alex for a trunk "
+            "LPIPS uses the VGG trunk that is also part of the training loss, as in RAE; set "
+            "evaluate.lpips_net=alex for a trunk "
             "that training has not seen."
         )
     lines.append(
-        "Intervals of reconstruction metrics cover the choice of photos only, not the training seed: one run is one seed."
+        "Intervals of reconstruction metrics cover the choice of photos only, not the training "
+        "seed: one run is one seed."
     )
     lines.append(
-        "Reconstructions are truncated to 8 bits, as RAE does, which lowers PSNR slightly against rounding."
+        "Reconstructions are truncated to 8 bits, as RAE does, which lowers PSNR slightly against "
+        "rounding."
     )
     lines.append(
-        "Generation rows carry no interval. The standard deviation beside KID is over subsets of the same samples."
+        "Generation rows carry no interval. The standard deviation beside KID is over subsets of "
+        "the same samples."
     )
     return lines

@@ -1,7 +1,8 @@
 """Reconstruct held-out photos with every model of a run and measure each image.
 
-One pass over the photos: the encoder runs once per batch, its base latent serves RAE and the control, the fused latent
-serves the fusion before and after fine-tuning. Values are kept per image, so that every comparison can be paired.
+One pass over the photos: the encoder runs once per batch, its base latent serves RAE and the
+control, the fused latent serves the fusion before and after fine-tuning. Values are kept per image,
+so that every comparison can be paired.
 """
 
 from collections.abc import Callable
@@ -49,7 +50,9 @@ class Photos(Protocol):
     """Decoded images of one split (`drorae.data.images.ImageShards`)."""
 
     def __len__(self) -> int: ...
-    def read(self, ids: np.ndarray) -> tuple[Tensor, Tensor]: ...
+    def read(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Images uint8 [B, 3, H, W] and labels of the given ids."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +135,7 @@ def reconstruct_photos(
 def summarise(
     found: Reconstructions, *, replicates: int, seed: int
 ) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, Interval]]]:
-    """Intervals of each model, and of the paired differences between models, within-class resampling."""
+    """Intervals of each model and of paired differences, by resampling within classes."""
     shared = {"labels": found.labels, "replicates": replicates, "seed": seed}
     means = {model: intervals(columns, **shared) for model, columns in found.values.items()}
     differences = {

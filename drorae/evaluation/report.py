@@ -1,7 +1,7 @@
 """The report: one self-contained HTML page about one finished run.
 
-What is measured lies in `metrics.json`; this module only arranges it. The page loads nothing from anywhere: style sheet,
-pictures (base64 PNG) and figures (SVG) are inside the file.
+What is measured lies in `metrics.json`; this module only arranges it. The page loads nothing from
+anywhere: style sheet, pictures (base64 PNG) and figures (SVG) are inside the file.
 """
 
 import base64
@@ -82,7 +82,8 @@ def _reconstruction(data: ReportData) -> str:
         return ""
     meta = metrics.get("meta", {})
     intro = (
-        f"Means over {meta.get('num_val_images', '?')} held-out photos with 95 % bootstrap intervals over images. "
+        f"Means over {meta.get('num_val_images', '?')} held-out photos with 95 % bootstrap "
+        "intervals over images. "
         "Differences are paired: the same photos in both, so their intervals are the ones to trust."
     )
     parts = [f"<p>{escape(intro)}</p>", reconstruction_table(metrics["reconstruction"])]
@@ -100,9 +101,11 @@ def _generation(data: ReportData) -> str:
         return ""
     meta = data.metrics.get("meta", {})
     intro = (
-        f"{meta.get('num_samples', '?')} images per row, the same noise and labels in every row, measured against "
+        f"{meta.get('num_samples', '?')} images per row, the same noise and labels in every row, "
+        "measured against "
         f"{meta.get('num_val_images', '?')} held-out photos. FD is the Frechet distance on "
-        f"{meta.get('feature_extractor', '?')} features; rows with another N are not on the same scale."
+        f"{meta.get('feature_extractor', '?')} features; rows with another N are not on the same "
+        "scale."
     )
     values = {
         n: generation[n]["fd"] for n in ("unguided", "cfg", "autoguidance") if n in generation
@@ -138,8 +141,10 @@ def _diagnostics(data: ReportData) -> str:
         figures.append(
             _figure(
                 angle_figure(found["angle_histogram"], angles["angle_bound_degrees"]),
-                f"Rotation of tokens. Mean {angles['angle_mean_degrees']:.2f} degrees; cos(fused, base) "
-                f"{angles['cosine_fused_base']:.3f}, where the bound is reached at {angles['cosine_at_bound']:.3f}.",
+                f"Rotation of tokens. Mean {angles['angle_mean_degrees']:.2f} degrees; cos(fused, "
+                "base) "
+                f"{angles['cosine_fused_base']:.3f}, where the bound is reached at "
+                f"{angles['cosine_at_bound']:.3f}.",
             )
         )
     if found.get("spectra"):

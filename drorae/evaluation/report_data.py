@@ -1,4 +1,4 @@
-"""What the report page is made of, gathered from finished stages: metrics, pictures, training logs, provenance."""
+"""What the report shows, gathered from finished stages."""
 
 import json
 from collections.abc import Mapping
@@ -71,7 +71,8 @@ def collect(inputs: Mapping[str, StageOutput], *, recipe: str, max_points: int) 
     """
     if "evaluate" not in inputs:
         raise ValueError(
-            f"report got the stages {sorted(inputs)}: expected evaluate among them; run that stage first."
+            f"report got the stages {sorted(inputs)}: expected evaluate among them; run that "
+            "stage first."
         )
     evaluate = inputs["evaluate"]
     shard = inputs.get("shard")
@@ -94,7 +95,7 @@ def collect(inputs: Mapping[str, StageOutput], *, recipe: str, max_points: int) 
 
 
 def parse_log(stage: str, text: str, max_points: int) -> list[Curve]:
-    """Curves of one `train_log.jsonl`; steps that a restart logged twice count once, the last time."""
+    """Curves of one `train_log.jsonl`; of a step logged twice (restart) the last counts."""
     series: dict[str, dict[int, float]] = {}
     for line in text.splitlines():
         if not line.strip():

@@ -1,7 +1,7 @@
 """Published numbers that the report shows beside its own, and why the two do not compare.
 
-Source: DRoRAE (arXiv 2605.10780), tables 1, 2 and 4, and the RAE rows that it quotes. Where the paper contradicts itself
-the note says so.
+Source: DRoRAE (arXiv 2605.10780), tables 1, 2 and 4, and the RAE rows that it quotes. Where the
+paper contradicts itself the note says so.
 """
 
 from dataclasses import dataclass
@@ -75,7 +75,9 @@ PAPER_ROWS = (
 )
 
 WHY_NOT_COMPARABLE = (
-    "The paper uses ImageNet-1k at 256 px, an untouched DINOv2-B encoder, Inception features, 50,000 images "
-    "and 100 epochs a stage. None of these holds for a small run, so only the direction of a difference between rows may be "
+    "The paper uses ImageNet-1k at 256 px, an untouched DINOv2-B encoder, Inception features, "
+    "50,000 images "
+    "and 100 epochs a stage. None of these holds for a small run, so only the direction of a "
+    "difference between rows may be "
     "read across, never a value."
 )

@@ -1,7 +1,7 @@
 """Figures of the report as inline SVG that follows the page's light or dark colours.
 
-Figures are drawn without pyplot (no global state). Ink is a marker colour that is replaced by `currentColor`, and ids get
-a prefix of their own, since all figures share one HTML document.
+Figures are drawn without pyplot (no global state). Ink is a marker colour that is replaced by
+`currentColor`, and ids get a prefix of their own, since all figures share one HTML document.
 """
 
 import io
@@ -28,7 +28,7 @@ __all__ = [
 INK = "#010203"
 COLOURS = ("#2f7ed8", "#e07b39", "#2a9d6f", "#b5459b", "#8a8f98", "#c9a227")
 PANELS_PER_ROW = 4
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,

@@ -54,7 +54,10 @@ def table(
         + "</tr>\n"
         for row, mark in zip(rows, marks, strict=True)
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 def reconstruction_table(reconstruction: dict[str, Any]) -> str:
@@ -215,7 +218,8 @@ def _generation_lines(generation: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(
             (
                 mark,
-                f"<b>Generator, unguided: closes {closed:.0f} % of the way from an untrained network to real "
+                f"<b>Generator, unguided: closes {closed:.0f} % of the way from an untrained "
+                "network to real "
                 f"photos.</b> FD {plain['fd']:.2f} between {floor:.2f} and {ceiling:.2f}",
             )
         )

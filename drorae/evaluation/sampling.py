@@ -1,8 +1,9 @@
-"""Generated images as restartable tasks: one task is one chunk of sample indices under one kind of guidance.
+"""Generated images as restartable tasks: a chunk of sample indices under one guidance.
 
-A sample is a function of (seed, global index) alone: index i has class i modulo the number of classes, which makes the
-labels balanced (RAE: equal label sampling is worth about 0.1 FID), and the same noise under every guidance, which makes rows
-of a table comparable image by image. Chunks are decoded where they are drawn, so only bytes are stored.
+A sample is a function of (seed, global index) alone: index i has class i modulo the number of
+classes, which makes the labels balanced (RAE: equal label sampling is worth about 0.1 FID), and the
+same noise under every guidance, which makes rows of a table comparable image by image. Chunks are
+decoded where they are drawn, so only bytes are stored.
 """
 
 import io
@@ -102,7 +103,8 @@ class SampleWorker:
             for stage in stages:
                 images[stage].append(self.tokenizer.decode(latents, stage).numpy())
         buffer = io.BytesIO()
-        np.savez(buffer, **{stage: np.concatenate(parts) for stage, parts in images.items()})
+        arrays: dict[str, Any] = {stage: np.concatenate(parts) for stage, parts in images.items()}
+        np.savez(buffer, **arrays)
         uri = files.join(self.inputs.work_uri, "samples", f"{task.name}.npz")
         entry = files.write_bytes(uri, buffer.getvalue())
         return {"guidance": guidance, "uri": uri, "sha256": entry.sha256}

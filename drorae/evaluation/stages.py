@@ -1,7 +1,8 @@
 """Entry functions of the `evaluate` and `report` stages: what the stage table names.
 
-`run_evaluate` measures reconstruction, generation and the inside of the fusion, and writes metrics.json, per_image.parquet
-and grids/*.png. `run_report` arranges finished stages on one HTML page and computes nothing new.
+`run_evaluate` measures reconstruction, generation and the inside of the fusion, and writes
+metrics.json, per_image.parquet and grids/*.png. `run_report` arranges finished stages on one HTML
+page and computes nothing new.
 """
 
 import io
@@ -78,7 +79,8 @@ def run_evaluate(
     """Measure everything that the run has trained.
 
     Args:
-        ctx: The stage; inputs are shard, decoder, fusion, finetune, latents, diffusion, guide and perhaps control.
+        ctx: The stage; inputs are shard, decoder, fusion, finetune, latents, diffusion, guide and
+            perhaps control.
         seed: Seed of noise, untrained network, bootstrap and perturbations.
         encoder: The frozen encoder.
         evaluate: What to measure.
@@ -143,7 +145,8 @@ def _prepare(ctx: StageContext, seed: int, encoder: EncoderConfig, evaluate: Eva
     wanted = evaluate.num_val_images or len(photos)
     if wanted > len(photos):
         raise ValueError(
-            f"evaluate.num_val_images={wanted} exceeds the {len(photos)} held-out photos: use at most that many, or 0 "
+            f"evaluate.num_val_images={wanted} exceeds the {len(photos)} held-out photos: use at "
+            "most that many, or 0 "
             "for all."
         )
     own = evaluate.feature_extractor == "efficientnet-lite0"

@@ -2,7 +2,7 @@
 
 Wraps the backbones of transformers (DINOv2 with and without registers, DINOv3, SigLIP and SigLIP2
 at fixed resolution, CLIP, MAE) behind one forward: pixels in [0, 1] in, hidden states [batch,
-layers, tokens, width] out. Layer l is z(l) of arXiv:2605.10780, Eq. 1: the output of block l,
+layers, tokens, dim] out. Layer l is z(l) of arXiv:2605.10780, Eq. 1: the output of block l,
 before any final LayerNorm. Block outputs are read by hooks that live for one call, because
 `hidden_states[-1]` of transformers is before the final norm in some models and after it in others,
 and because only the layers asked for are then kept. Input handling follows RAE's wrapper: bicubic

@@ -84,6 +84,11 @@ class EncoderConfig:
 
 
 def check_layers(layers: Sequence[int], depth: int) -> None:
+    """Check block numbers that a forward should return.
+
+    Raises:
+        ValueError: If they are not ascending, in range and ended by the last block.
+    """
     ascending = all(a < b for a, b in pairwise(layers))
     if not layers or not ascending or layers[0] < 1 or layers[-1] != depth:
         raise ValueError(

@@ -107,9 +107,7 @@ def test_a_filled_hidden_state_cache_is_used_and_changes_nothing(setting: Settin
     shards = ImageShards(setting.shard, "train")
     key = encoder_digest(setting.encoder)
     cache = setting.root / "b" / "cache"
-    states = HiddenStates(
-        shards, setting.encoder, "disk", cache, encoder_key=key, batch_images=4
-    )
+    states = HiddenStates(shards, setting.encoder, "disk", cache, encoder_key=key, batch_images=4)
     states.fill()
     cached = LatentShards(setting.run("b")).read(np.arange(4))[0]
     # the same float16 hidden states up to one rounding step of differently grouped sums
@@ -117,9 +115,7 @@ def test_a_filled_hidden_state_cache_is_used_and_changes_nothing(setting: Settin
 
 
 def test_another_encoder_than_the_fusions_is_refused(setting: Setting):
-    setting.config = EncoderConfig(
-        source="elsewhere", input_px=16, patch_px=4, width=32, depth=3
-    )
+    setting.config = EncoderConfig(source="elsewhere", input_px=16, patch_px=4, width=32, depth=3)
     with pytest.raises(ValueError, match="was trained with encoder"):
         setting.run()
 
@@ -135,7 +131,7 @@ def test_wrong_requests_are_told(setting: Setting):
     shards = LatentShards(setting.run())
     with pytest.raises(IndexError, match="out of range"):
         shards.read(np.array([999]))
-    with pytest.raises(ValueError, match="latents.flip=true"):
+    with pytest.raises(ValueError, match=r"latents\.flip=true"):
         shards.read(np.array([0]), np.array([True]))
-    with pytest.raises(ValueError, match="latents.batch_images"):
+    with pytest.raises(ValueError, match=r"latents\.batch_images"):
         LatentJob(batch_images=0)

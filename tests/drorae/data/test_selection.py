@@ -79,9 +79,7 @@ def test_duplicates_keep_the_first_in_order():
 def test_duplicates_of_the_other_split_are_left_out():
     ordered = hash_order(some(3, classes=1), 0)
     decoded = good(ordered) | {ordered[0].key: Decoded("same")}
-    assert choose(ordered, decoded, None, {"same": "val/x"}).duplicates == {
-        ordered[0].key: "val/x"
-    }
+    assert choose(ordered, decoded, None, {"same": "val/x"}).duplicates == {ordered[0].key: "val/x"}
 
 
 def test_duplicates_may_be_kept():

@@ -1,4 +1,5 @@
-"""Tiny finished stages with random weights: everything that evaluate reads, made in a second without training."""
+"""Tiny finished stages with random weights: everything that evaluate reads, made in a second
+without training."""
 
 import io
 from collections.abc import Callable
@@ -149,7 +150,8 @@ def outputs(
 
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random AlexNet LPIPS weights under the name of the real asset, and a stand-in for the features."""
+    """Random AlexNet LPIPS weights under the name of the real asset, and a stand-in for the
+    features."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("assets")
     (folder / "efficientnet-lite0.safetensors").write_bytes(b"stand-in")

@@ -35,7 +35,7 @@ JOB = EvaluateJob(
 
 
 @pytest.fixture
-def evaluate(monkeypatch: pytest.MonkeyPatch, assets: Path, encoder_config: EncoderConfig):  # type: ignore[no-untyped-def]
+def evaluate(monkeypatch: pytest.MonkeyPatch, assets: Path, encoder_config: EncoderConfig):
     monkeypatch.setattr(stages, "build_features", build_tiny_features)
     monkeypatch.setattr(stages, "asset_path", lambda name: assets / f"{name}.safetensors")
 
@@ -51,7 +51,7 @@ def read_metrics(ctx: StageContext) -> dict:  # type: ignore[type-arg]
     return json.loads(Path(ctx.output_uri, "metrics.json").read_text())
 
 
-def test_all_models_sets_and_files_are_there(evaluate, context: StageContext) -> None:  # type: ignore[no-untyped-def]
+def test_all_models_sets_and_files_are_there(evaluate, context: StageContext) -> None:
     result = evaluate(context)
     found = read_metrics(context)
     assert set(found["reconstruction"]) == {"rae", "fusion", "finetune", "control"}
@@ -84,7 +84,7 @@ def test_all_models_sets_and_files_are_there(evaluate, context: StageContext) ->
     assert all(np.isfinite(v) for v in result.metrics.values())
 
 
-def test_means_are_those_of_the_per_image_table(evaluate, context: StageContext) -> None:  # type: ignore[no-untyped-def]
+def test_means_are_those_of_the_per_image_table(evaluate, context: StageContext) -> None:
     evaluate(context)
     table = pq.read_table(Path(context.output_uri, "per_image.parquet")).to_pandas()
     assert len(table) == 4 * 10
@@ -98,7 +98,7 @@ def test_means_are_those_of_the_per_image_table(evaluate, context: StageContext)
 
 def test_numbers_do_not_depend_on_batch_or_chunk_size(
     evaluate, context: StageContext, tmp_path: Path
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
     first = evaluate(context)
     other = dataclasses.replace(context, output_uri=str(tmp_path / "other"), work_uri="")
     second = evaluate(other, dataclasses.replace(JOB, batch_images=2, chunk_samples=5))
@@ -107,7 +107,7 @@ def test_numbers_do_not_depend_on_batch_or_chunk_size(
         assert second.metrics[name] == pytest.approx(value, rel=0.02, abs=1e-3), name
 
 
-def test_finished_chunks_are_not_drawn_again(evaluate, context: StageContext) -> None:  # type: ignore[no-untyped-def]
+def test_finished_chunks_are_not_drawn_again(evaluate, context: StageContext) -> None:
     first = evaluate(context)
     chunk = files.join(context.work_uri, "samples", "cfg-00000000.npz")
     before = Path(chunk).stat().st_mtime_ns
@@ -119,7 +119,7 @@ def test_finished_chunks_are_not_drawn_again(evaluate, context: StageContext) ->
 
 def test_without_control_guide_is_used_and_control_left_out(
     evaluate, context: StageContext
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
     context.inputs.pop("control")
     evaluate(context, dataclasses.replace(JOB, num_val_images=6, decoder_for_samples="decoder"))
     found = read_metrics(context)
@@ -128,14 +128,14 @@ def test_without_control_guide_is_used_and_control_left_out(
     assert "unguided@finetune" in found["generation"]
 
 
-def test_more_photos_than_there_are_is_an_error(evaluate, context: StageContext) -> None:  # type: ignore[no-untyped-def]
+def test_more_photos_than_there_are_is_an_error(evaluate, context: StageContext) -> None:
     with pytest.raises(ValueError, match="exceeds the 10 held-out photos"):
         evaluate(context, dataclasses.replace(JOB, num_val_images=11))
 
 
 def test_report_is_made_from_finished_stages(
     evaluate, context: StageContext, tmp_path: Path
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
     evaluation = output_of(context, evaluate(context))
     report = StageContext(
         stage="report",
@@ -151,7 +151,7 @@ def test_report_is_made_from_finished_stages(
     assert 'id="curves-diffusion-' in page
 
 
-def test_grids_are_pictures(evaluate, context: StageContext) -> None:  # type: ignore[no-untyped-def]
+def test_grids_are_pictures(evaluate, context: StageContext) -> None:
     evaluate(context)
     data = Path(context.output_uri, "grids", "samples-unguided.png").read_bytes()
     with Image.open(io.BytesIO(data)) as image:

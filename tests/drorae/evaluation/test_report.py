@@ -128,7 +128,8 @@ def test_paper_numbers_are_marked_as_not_comparable() -> None:
 
 
 def test_a_repeated_step_counts_once() -> None:
-    text = '{"step": 1, "loss": 5.0}\n{"step": 2, "loss": 4.0}\n\n{"step": 1, "loss": 3.0, "note": "x"}\n'
+    first = '{"step": 1, "loss": 5.0}\n{"step": 2, "loss": 4.0}\n\n'
+    text = first + '{"step": 1, "loss": 3.0, "note": "x"}\n'
     (curve,) = parse_log("decoder", text, 100)
     assert (curve.steps, curve.values) == ([1, 2], [3.0, 4.0])
 

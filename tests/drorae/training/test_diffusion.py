@@ -1,0 +1,92 @@
+import dataclasses
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import MemoryCheckpoints, Rows
+
+from drorae.models.dit import DiT, DiTConfig
+from drorae.training.diffusion import DiffusionStage, draw_step, train_diffusion
+from drorae.training.optim import OptimConfig
+
+JOB = DiffusionStage(
+    model=DiTConfig(
+        input_size=2,
+        in_channels=8,
+        hidden_size=(16, 16),
+        depth=(1, 1),
+        num_heads=(2, 2),
+        num_classes=3,
+    ),
+    num_steps=6,
+    batch_images=6,
+    optim=OptimConfig(lr=1e-2, weight_decay=0.0, schedule="constant", clip_norm=1.0),
+    ema_decay=0.5,
+)
+
+
+def make_model() -> DiT:
+    torch.manual_seed(7)
+    return DiT(JOB.model)
+
+
+def test_the_loop_lowers_its_loss(latent_batches: Callable, make_tools: Callable) -> None:
+    job, log = dataclasses.replace(JOB, num_steps=60), Rows()
+    batches = latent_batches(60, 6)
+    train_diffusion(job, make_model(), batches, make_tools(log=log), stage="diffusion", seed=0)
+    losses = list(log.series("train/loss").values())
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    latent_batches: Callable, make_tools: Callable
+) -> None:
+    def run(checkpoints: MemoryCheckpoints, num_batches: int) -> tuple[Any, Any]:
+        model, tools = make_model(), make_tools(checkpoints)
+        batches = latent_batches(num_batches, 6)
+        report = train_diffusion(JOB, model, batches, tools, stage="guide", seed=0)
+        return model.state_dict(), report.ema
+
+    straight, straight_ema = run(MemoryCheckpoints(), 6)
+    kept = MemoryCheckpoints(every=2)
+    run(kept, 5)
+    resumed, resumed_ema = run(kept, 6)
+    assert max(kept.saved) == 4
+    assert all(torch.equal(straight[k], resumed[k]) for k in straight)
+    assert all(torch.equal(straight_ema[k], resumed_ema[k]) for k in straight_ema)
+
+
+def test_draws_do_not_depend_on_how_a_batch_is_cut_over_ranks() -> None:
+    latents, labels = torch.randn(6, 8, 2, 2), torch.zeros(6, dtype=torch.long)
+
+    def draw(part: slice) -> tuple[Any, ...]:
+        positions = torch.arange(6)[part]
+        batch = SimpleNamespace(
+            step=3, positions=positions, latents=latents[part], labels=labels[part]
+        )
+        return draw_step(JOB, batch, seed=1)
+
+    whole, second = draw(slice(0, 6)), draw(slice(3, 6))
+    assert all(torch.equal(a[3:], b) for a, b in zip(whole, second, strict=True))
+
+
+def test_about_a_tenth_of_the_labels_is_dropped() -> None:
+    job = dataclasses.replace(JOB, batch_images=5000)
+    batch = SimpleNamespace(
+        step=0,
+        positions=torch.arange(5000),
+        latents=torch.zeros(5000, 1, 1, 1),
+        labels=torch.zeros(5000, dtype=torch.long),
+    )
+    t, _, labels = draw_step(job, batch, seed=0)
+    # binomial, standard deviation 0.004
+    assert (labels == JOB.model.num_classes).float().mean().item() == pytest.approx(0.1, abs=0.02)
+    assert 0 <= t.min() < t.max() <= 1
+
+
+@pytest.mark.parametrize("fields", [{"num_steps": 0}, {"ema_decay": -0.1}])
+def test_impossible_stages_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        dataclasses.replace(JOB, **fields)

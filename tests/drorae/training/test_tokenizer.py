@@ -1,0 +1,231 @@
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import DIM, LAYERS, TOKENS, MemoryCheckpoints, Rows
+from torch import Tensor, nn
+
+from drorae.models.decoder import Decoder, DecoderConfig
+from drorae.models.discriminator import DiscriminatorConfig, build_discriminator
+from drorae.models.fusion import FusionConfig, build_fusion
+from drorae.training.critic import AdversarialConfig, Critic
+from drorae.training.optim import OptimConfig
+from drorae.training.tokenizer import (
+    TokenizerPhase,
+    TokenizerTraining,
+    decoder_phase,
+    fusion_phase,
+    noised,
+    train_tokenizer,
+)
+from drorae.training.world import World
+
+JOB = TokenizerTraining(
+    num_steps=6,
+    batch_images=4,
+    optim=OptimConfig(lr=1e-2, weight_decay=0.0),
+    lpips_weight=0.0,
+    ema_decay=0.5,
+    eval_every_steps=3,
+)
+JUDGE = DiscriminatorConfig(
+    source="random", input_px=8, patch_px=4, width=8, depth=2, heads=2, taps=(1, 2), kernel=3
+)
+
+
+def make_decoder() -> Decoder:
+    torch.manual_seed(3)
+    return Decoder(
+        DecoderConfig(
+            latent_channels=DIM, width=16, layers=1, heads=2, mlp_hidden=16, grid=2, patch_px=4
+        )
+    )
+
+
+def make_fusion(kind: Any = "drorae") -> nn.Module:
+    torch.manual_seed(4)
+    return build_fusion(FusionConfig(kind=kind, expert_hidden=8), LAYERS, DIM)
+
+
+def make_phase(name: str, adversarial: bool = False) -> TokenizerPhase:
+    if name == "fusion":
+        return fusion_phase(make_fusion(), make_decoder(), World(), adversarial=adversarial)
+    kind = "rae" if name == "decoder" else "drorae"
+    return decoder_phase(name, make_fusion(kind), make_decoder(), World())
+
+
+def make_critic(job: TokenizerTraining) -> Critic:
+    torch.manual_seed(5)
+    judge = build_discriminator(JUDGE)
+    return Critic(judge, job.adversarial, num_steps=job.num_steps, world=World(), seed=0)
+
+
+@pytest.mark.parametrize("name", ["decoder", "fusion", "finetune"])
+def test_a_phase_lowers_its_loss_and_changes_only_what_it_trains(
+    name: str, tokenizer_batches: Callable, make_tools: Callable
+) -> None:
+    phase, log = make_phase(name), Rows()
+    decoder = phase.trainable if name != "fusion" else phase.decode
+    fusion = phase.encode if name == "fusion" else None
+    before = {k: v.clone() for k, v in phase.trainable.state_dict().items()}
+    frozen = {k: v.clone() for k, v in (decoder if fusion else make_fusion()).state_dict().items()}
+    job = dataclasses.replace(JOB, num_steps=40, noise_tau=0.0)
+    train_tokenizer(job, phase, tokenizer_batches(40, 4), None, make_tools(log=log), seed=0)
+    losses = list(log.series("train/l1").values())
+    assert sum(losses[-6:]) < sum(losses[:6])
+    assert any(not torch.equal(before[k], v) for k, v in phase.trainable.state_dict().items())
+    if name == "fusion":
+        assert all(torch.equal(frozen[k], v) for k, v in decoder.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["decoder", "fusion"])
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    name: str, adversarial: bool, tokenizer_batches: Callable, make_tools: Callable
+) -> None:
+    job = JOB
+    if adversarial:
+        job = dataclasses.replace(
+            JOB, adversarial=AdversarialConfig(weight=0.5, discriminator=JUDGE, start_step=2)
+        )
+
+    def run(checkpoints: MemoryCheckpoints, num_batches: int, log: Rows) -> Any:
+        phase = make_phase(name, adversarial)
+        critic = make_critic(job) if adversarial else None
+        tools = make_tools(checkpoints, log)
+        batches = tokenizer_batches(num_batches, 4)
+        report = train_tokenizer(job, phase, batches, None, tools, seed=0, critic=critic)
+        return phase.trainable.state_dict(), report
+
+    straight_log, resumed_log = Rows(), Rows()
+    straight, straight_report = run(MemoryCheckpoints(), 6, straight_log)
+    kept = MemoryCheckpoints(every=3)
+    run(kept, 4, Rows())  # dies after step 4, one step behind its checkpoint
+    resumed, resumed_report = run(kept, 6, resumed_log)
+
+    assert min(resumed_log.series("train/loss")) == 4
+    for step, loss in resumed_log.series("train/loss").items():
+        assert loss == straight_log.series("train/loss")[step]
+    assert all(torch.equal(straight[k], resumed[k]) for k in straight)
+    for key, value in straight_report.ema.items():
+        assert torch.equal(value, resumed_report.ema[key])
+    steps = [row["step"] for row in resumed_report.history]
+    assert steps == [row["step"] for row in straight_report.history]
+
+
+def test_the_adversarial_term_reaches_generator_and_discriminator(
+    tokenizer_batches: Callable, make_tools: Callable
+) -> None:
+    job = dataclasses.replace(JOB, adversarial=AdversarialConfig(weight=0.5, discriminator=JUDGE))
+    critic, log = make_critic(job), Rows()
+    before = {k: v.clone() for k, v in critic.state_dict()["module"].items()}
+    tools = make_tools(log=log)
+    train_tokenizer(
+        job, make_phase("decoder"), tokenizer_batches(6, 4), None, tools, seed=0, critic=critic
+    )
+    plain = Rows()
+    tools = make_tools(log=plain)
+    train_tokenizer(JOB, make_phase("decoder"), tokenizer_batches(6, 4), None, tools, seed=0)
+    assert log.series("train/gan_weight")[1] > 0
+    assert log.series("train/l1")[1] == plain.series("train/l1")[1]
+    assert log.series("train/l1")[3] != plain.series("train/l1")[3]
+    after = critic.state_dict()["module"]
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+def test_the_surrogate_has_the_gradient_of_the_weighted_sum() -> None:
+    job = dataclasses.replace(JOB, adversarial=AdversarialConfig(weight=0.5, discriminator=JUDGE))
+    decoder, tokens, target = make_decoder(), torch.randn(2, TOKENS, DIM), torch.rand(2, 3, 8, 8)
+    weight = decoder.decoder_pred.weight
+
+    def losses(critic: Critic) -> tuple[Tensor, Tensor]:
+        recon = decoder(tokens)
+        loss = (recon - target).abs().mean()
+        return recon, loss
+
+    critic = make_critic(job)
+    recon, loss = losses(critic)
+    surrogate, terms = critic.add_to(loss, recon, weight, step=0)
+    cheap = torch.autograd.grad(surrogate, weight)[0]
+
+    from drorae.losses.adversarial import augment, generator_loss, to_signed
+
+    recon, loss = losses(critic)
+    module = critic._module.eval()
+    gan = generator_loss(module(augment(to_signed(recon), critic._generator(0, "generator"))))
+    by_loss = torch.autograd.grad(loss, weight, retain_graph=True)[0]
+    by_gan = torch.autograd.grad(gan, weight, retain_graph=True)[0]
+    adaptive = by_loss.norm() / (by_gan.norm() + 1e-6)
+    torch.testing.assert_close(terms["gan_weight"], adaptive, rtol=1e-5, atol=0)
+    torch.testing.assert_close(cheap, by_loss + 0.5 * adaptive * by_gan, rtol=1e-5, atol=1e-8)
+
+
+def test_a_non_finite_loss_names_its_step_and_keeps_the_last_good_weights(
+    tokenizer_batches: Callable, make_tools: Callable
+) -> None:
+    phase = make_phase("decoder")
+
+    def poisoned(recon: Tensor, images: Tensor) -> Tensor:
+        poisoned.calls += 1  # type: ignore[attr-defined]
+        scale = float("nan") if poisoned.calls == 3 else 1.0  # type: ignore[attr-defined]
+        return (recon - images).abs().mean((1, 2, 3)) * scale
+
+    poisoned.calls = 0  # type: ignore[attr-defined]
+    job = dataclasses.replace(JOB, lpips_weight=1.0)
+    with pytest.raises(RuntimeError, match=r"decoder: .*not finite at step 2"):
+        train_tokenizer(job, phase, tokenizer_batches(6, 4), poisoned, make_tools(), seed=0)
+    assert all(torch.isfinite(v).all() for v in phase.trainable.state_dict().values())
+
+
+def test_evaluators_see_the_average_and_the_loop_goes_on_with_the_online_weights(
+    tokenizer_batches: Callable, make_tools: Callable
+) -> None:
+    phase, seen = make_phase("decoder"), []
+
+    def look(step: int) -> dict[str, float]:
+        seen.append((step, phase.trainable.decoder_pred.weight.detach().clone()))
+        return {"eval/x": 1.0}
+
+    tools = make_tools(evaluators=[look])
+    report = train_tokenizer(JOB, phase, tokenizer_batches(6, 4), None, tools, seed=0)
+    assert [step for step, _ in seen] == [3, 6]
+    assert torch.equal(seen[-1][1], report.ema["decoder_pred.weight"])
+    assert not torch.equal(seen[-1][1], phase.trainable.decoder_pred.weight)
+    assert {"step": 6, "eval/x": 1.0} in report.history
+
+
+def test_noise_depends_on_the_index_not_on_the_batch() -> None:
+    latent = torch.zeros(4, TOKENS, DIM)
+    whole = noised(latent, JOB, 0, torch.arange(4))
+    part = noised(latent[2:], JOB, 0, torch.arange(2, 4))
+    assert torch.equal(whole[2:], part)
+    assert not torch.equal(noised(latent, JOB, 1, torch.arange(4)), whole)
+    quiet = dataclasses.replace(JOB, noise_tau=0.0)
+    assert noised(latent, quiet, 0, torch.arange(4)) is latent
+
+
+@pytest.mark.parametrize(("kind", "mean"), [("uniform", 0.4), ("half_normal", 0.638)])
+def test_noise_scales_follow_their_law(kind: Any, mean: float) -> None:
+    job = dataclasses.replace(JOB, noise_kind=kind)
+    sigma = noised(torch.zeros(2000, 1, 64), job, 0, torch.arange(2000)).square().mean((1, 2)).sqrt()
+    # 2000 draws with standard deviation 0.23 and 0.48: the mean is known to about 0.01
+    assert sigma.mean().item() == pytest.approx(mean, abs=0.03)
+    if kind == "uniform":
+        assert sigma.max().item() < 1.0
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_steps": 0}, {"ema_decay": 1.0}, {"noise_tau": -1.0}, {"batch_images": 0}]
+)
+def test_impossible_phases_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        dataclasses.replace(JOB, **fields)
+
+
+def test_a_generator_that_starts_before_its_judge_is_refused() -> None:
+    with pytest.raises(ValueError, match="learn_from_step=5"):
+        AdversarialConfig(weight=1.0, start_step=2, learn_from_step=5)
+    with pytest.raises(ValueError, match="weight"):
+        AdversarialConfig(weight=-1.0)
