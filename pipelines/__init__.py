@@ -1,1 +1,1 @@
-"""Orchestration: the stage table, the Prefect flow, launching, and the `drorae` command. No tensors here."""
+"""Orchestration: stage table, Prefect flow, launching, the `drorae` command. No tensors."""

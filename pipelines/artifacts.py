@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def publish(plan: RunPlan, outcomes: Mapping[str, Outcome]) -> None:
-    """Create the artifacts of a run; a server that refuses them costs the artifacts, not the run."""
+    """Create the artifacts of a run; a server that refuses them does not fail the run."""
     try:
         create_markdown_artifact(_table(plan, outcomes), key="results", description="Stages")
         for number, name, image in _grids(outcomes):

@@ -1,8 +1,8 @@
 """One attempt to run a stage, as files that the launcher and the job share.
 
-`<workspace>/jobs/<stage>/<key>/a<attempt>/` holds `job.json` (written first: it claims the number), and at the end
-`result.json` or `error.json`. The files, not the status of a process or of a Ray job, say what happened: they
-survive the loss of either side, and lie on S3 when the workspace does.
+`<workspace>/jobs/<stage>/<key>/a<attempt>/` holds `job.json` (written first: it claims the number),
+and at the end `result.json` or `error.json`. The files, not the status of a process or of a Ray
+job, say what happened: they survive the loss of either side, and lie on S3 when the workspace does.
 """
 
 import errno

@@ -1,8 +1,9 @@
 """Child processes that never outlive us.
 
-Each child leads its own process group and holds a pipe to its parent as standard input. When the parent goes, by
-SIGKILL too, the pipe closes and the child ends its group. This works on every Unix and does not depend on which
-thread started the child, as PR_SET_PDEATHSIG would. `python -m pipelines.children MODULE ARGS...` runs any module so.
+Each child leads its own process group and holds a pipe to its parent as standard input. When the
+parent goes, by SIGKILL too, the pipe closes and the child ends its group. This works on every Unix
+and does not depend on which thread started the child, as PR_SET_PDEATHSIG would. `python -m
+pipelines.children MODULE ARGS...` runs any module so.
 """
 
 import os

@@ -1,7 +1,7 @@
 """The `drorae` command.
 
-argparse, not typer or click: every command has a handful of options, and `drorae plan` should not wait for imports. Heavy
-modules (Prefect, torch) are imported by the command that needs them.
+argparse, not typer or click: every command has a handful of options, and `drorae plan` should not
+wait for imports. Heavy modules (Prefect, torch) are imported by the command that needs them.
 """
 
 import argparse
@@ -81,7 +81,9 @@ def _add_configuration(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", metavar="STAGE", help="this stage alone; its inputs must be there")
+    parser.add_argument(
+        "--only", metavar="STAGE", help="this stage alone; its inputs must be there"
+    )
     parser.add_argument(
         "--from", dest="from_stage", metavar="STAGE", help="this stage and all that depend on it"
     )
@@ -108,10 +110,17 @@ def _add_run(group: "argparse._SubParsersAction") -> None:
     _add_configuration(parser)
     _add_selection(parser)
     parser.add_argument(
-        "--jobs", type=_positive, metavar="N", help="stages at the same time (default: the recipe's)"
+        "--jobs",
+        type=_positive,
+        metavar="N",
+        help="stages at the same time (default: the recipe's)",
     )
     parser.add_argument(
-        "--retries", type=int, default=2, metavar="N", help="further attempts of a stage (default: 2)"
+        "--retries",
+        type=int,
+        default=2,
+        metavar="N",
+        help="further attempts of a stage (default: 2)",
     )
 
 
@@ -143,7 +152,9 @@ def _add_recipes(group: "argparse._SubParsersAction") -> None:
     parser = group.add_parser("recipes", help="configurations")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     _command(actions, "list", "list all recipes", commands.list_recipes)
-    show = _command(actions, "show", "every field, its value, meaning and source", commands.show_recipe)
+    show = _command(
+        actions, "show", "every field, its value, meaning and source", commands.show_recipe
+    )
     show.add_argument("recipe", help="name of the recipe")
     show.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE")
     _add_json(show)
@@ -202,6 +213,9 @@ def _configure_logging(level: int) -> None:
     # Libraries set levels of their own loggers, which the root's level does not limit.
     for handler in logging.getLogger().handlers:
         handler.setLevel(level)
+        if level > logging.INFO:
+            # A failed stage is one line of ours; Prefect would tell it three times.
+            handler.addFilter(lambda record: not record.name.startswith("prefect"))
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 

@@ -1,8 +1,9 @@
 """Which source files a stage runs, and their digest.
 
-The files are those that the module of the stage's entry function imports, directly or not, inside its own top-level
-package; found by reading the sources, so that planning imports no torch. A changed comment in the report therefore
-does not make `drorae plan` say that the code of the training stages changed.
+The files are those that the module of the stage's entry function imports, directly or not, inside
+its own top-level package; found by reading the sources, so that planning imports no torch. A
+changed comment in the report therefore does not make `drorae plan` say that the code of the
+training stages changed.
 """
 
 import ast
@@ -25,11 +26,13 @@ def entry_digest(entry: str) -> str:
 
 
 def source_files(module: str) -> list[Path]:
-    """Return the source files that a module and its imports inside the same top-level package consist of."""
+    """Return the files of a module and of all that it imports from its own top-level package."""
     top = module.partition(".")[0]
     spec = importlib.util.find_spec(top)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"stage entry {module!r}: package {top!r} cannot be found; install it first.")
+        raise ValueError(
+            f"stage entry {module!r}: package {top!r} cannot be found; install it first."
+        )
     root = Path(next(iter(spec.submodule_search_locations)))
     start = _file_of(module, root)
     if start is None:

@@ -35,9 +35,12 @@ def show_plan(options: argparse.Namespace, console: Console) -> int:
     costs = [step.expected_wall_s for step in plan.steps if step.must_run]
     known = [cost for cost in costs if cost is not None]
     if costs:
-        unknown = f" and {len(costs) - len(known)} of unknown time" if len(known) < len(costs) else ""
+        unknown = (
+            f" and {len(costs) - len(known)} of unknown time" if len(known) < len(costs) else ""
+        )
         console.print(
-            f"{len(costs)} stages to run: {format_duration(sum(known))} by their last build{unknown}"
+            f"{len(costs)} stages to run: {format_duration(sum(known))} "
+            f"by their last build{unknown}"
         )
     return 0
 

@@ -1,14 +1,16 @@
 """Register the deployments: `full`, and one per stage of the table.
 
-`python -m pipelines.deployments --pool drorae --directory REPOSITORY` talks to the configured Prefect server. The
-entry point is a module, so a worker needs the package installed and no copy of the sources.
+`python -m pipelines.deployments --pool drorae --directory REPOSITORY` talks to the configured
+Prefect server. The entry point is a module, so a worker needs the package installed and no copy of
+the sources.
 """
 
 import argparse
 import sys
+from typing import Any
 
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
-from prefect.deployments.runner import EntrypointType
+from prefect.types.entrypoint import EntrypointType
 
 from pipelines.graph import drorae
 from pipelines.stages import STAGES
@@ -27,7 +29,7 @@ def register(pool: str, directory: str | None, limit: int) -> list[str]:
     variables = {"working_dir": directory} if directory else {}
     names = []
     for name, parameters in _deployments().items():
-        deployment = drorae.to_deployment(
+        deployment: Any = drorae.to_deployment(
             name=name,
             parameters=parameters,
             description=DESCRIPTION,

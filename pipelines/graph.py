@@ -1,13 +1,17 @@
-"""The Prefect flow `drorae`: one task per stage, with an explicit edge for every need in the stage table.
+"""The Prefect flow `drorae`: one task per stage, an explicit edge for every need.
 
-Prefect orders, retries and shows. Whether a stage has to run is decided by the keys of drorae.store, never by
-Prefect's cache, and the work happens in the stage's own job. Tasks pass only strings.
+Prefect orders, retries and shows. Whether a stage has to run is decided by the keys of
+drorae.store, never by Prefect's cache, and the work happens in the stage's own job. Tasks pass only
+strings.
 """
 
-from prefect import flow, runtime, task
+from typing import Any
+
+from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.futures import PrefectFuture, wait
+from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 
@@ -20,15 +24,15 @@ from pipelines.session import SESSION, Session
 
 RETRY_DELAY_S = 3
 # A task holds its thread while it waits for its inputs, so every stage needs one.
-MAX_TASKS = 64
+# Any: Prefect's annotation of `flow` refuses its own task runners (3.8.8).
+TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=64)
 
 
 def _can_retry(_task: Task, _run: TaskRun, state: State) -> bool:
     """Retry what may work the next time; never a user's error or a run that was stopped."""
     error = state.result(raise_on_failure=False)
     return not (
-        isinstance(error, Stopped)
-        or (isinstance(error, StageFailed) and error.error.is_user_error)
+        isinstance(error, Stopped) or (isinstance(error, StageFailed) and error.error.is_user_error)
     )
 
 
@@ -45,7 +49,7 @@ def run_stage(stage: str, key: str) -> str:
     return SESSION.get().run(stage)
 
 
-@flow(name="drorae", task_runner=ThreadPoolTaskRunner(max_workers=MAX_TASKS), persist_result=False)
+@flow(name="drorae", task_runner=TASK_RUNNER, persist_result=False)
 def drorae(
     recipe: str = "smoke",
     overrides: list[str] | None = None,
@@ -80,14 +84,16 @@ def drorae(
         strict_code=strict_code,
     )
     Workspace(request.workspace).check()
-    session = Session(make_plan(request), jobs, str(runtime.flow_run.id or ""))
+    session = Session(make_plan(request), jobs, str(flow_run.id or ""))
     token = SESSION.set(session)
     try:
         futures = _submit(session.plan, retries)
         wait(list(futures.values()))
         _raise_first_failure(futures)
+    except StageFailed:
+        raise  # the other stages have ended
     except BaseException:
-        # Also a cancelled run: the threads of the tasks end only when their jobs do.
+        # A cancelled run: the threads of the tasks end only when their jobs do.
         session.stop()
         raise
     finally:
@@ -100,7 +106,7 @@ def drorae(
 def _submit(plan: RunPlan, retries: int) -> dict[str, PrefectFuture]:
     """Submit one task per selected stage, waiting for the tasks of its needs."""
     futures: dict[str, PrefectFuture] = {}
-    task_with_retries = run_stage.with_options(retries=retries)
+    task_with_retries: Any = run_stage.with_options(retries=retries)
     for step in plan.steps:
         if step.selected:
             stage = stages.find_stage(step.stage, stages.STAGES)
@@ -110,7 +116,7 @@ def _submit(plan: RunPlan, retries: int) -> dict[str, PrefectFuture]:
 
 
 def _raise_first_failure(futures: dict[str, PrefectFuture]) -> None:
-    """Raise what ended the first stage that failed; stages that waited for it are no failures of their own."""
+    """Raise what ended the first stage that failed, not the stages that waited for it."""
     errors = [
         future.result(raise_on_failure=False)
         for future in futures.values()

@@ -1,8 +1,9 @@
 """The program of one stage job: `python -m pipelines.job ATTEMPT_URI`.
 
-Both launchers start it, as a local process or as the driver of a Ray job. It reads `job.json`, builds the output
-once (drorae.store decides between reuse, waiting and work), and writes `result.json` or `error.json`. The trace of an
-error goes to the log only. Exit codes: 0 done, 1 failed, 2 the user has to change something, 143 ended by SIGTERM.
+Both launchers start it, as a local process or as the driver of a Ray job. It reads `job.json`,
+builds the output once (drorae.store decides between reuse, waiting and work), and writes
+`result.json` or `error.json`. The trace of an error goes to the log only. Exit codes: 0 done, 1
+failed, 2 the user has to change something, 143 ended by SIGTERM.
 """
 
 import importlib

@@ -1,8 +1,8 @@
 """Starting a stage job and following it to its end.
 
-`LocalLauncher` runs the job as a process of this machine, with one local Ray for all jobs of the run;
-`launch_ray.RayJobLauncher` submits the same program to a cluster. Both number the attempts, follow the job's progress
-file, and take its outcome from the attempt folder.
+`LocalLauncher` runs the job as a process of this machine, with one local Ray for all jobs of the
+run; `launch_ray.RayJobLauncher` submits the same program to a cluster. Both number the attempts,
+follow the job's progress file, and take its outcome from the attempt folder.
 """
 
 import json
@@ -159,7 +159,9 @@ def _lost(spec: JobSpec, returncode: int, log_path: Path) -> JobError:
         message = f"no space left on the disk of {log_path.parent}; free some and run again."
         return JobError(stage=spec.stage, type="OSError", message=message, is_user_error=True)
     cause = f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
-    message = f"the job's process ended with {cause} and left no result; last line: {_tail(log_path)}"
+    message = (
+        f"the job's process ended with {cause} and left no result; last line: {_tail(log_path)}"
+    )
     return JobError(stage=spec.stage, type="RuntimeError", message=message, is_user_error=False)
 
 

@@ -1,8 +1,9 @@
 """Stage jobs on a Ray cluster through the Ray Jobs API.
 
-The submission id is made of stage, key and attempt, so that a restarted flow finds a job that still runs and follows
-it instead of starting a second one. The objects in the workspace decide how a job ended, because the status of a
-Ray job is lost with its head node; the status is asked only to notice a job that died without a word.
+The submission id is made of stage, key and attempt, so that a restarted flow finds a job that still
+runs and follows it instead of starting a second one. The objects in the workspace decide how a job
+ended, because the status of a Ray job is lost with its head node; the status is asked only to
+notice a job that died without a word.
 """
 
 import logging
@@ -17,10 +18,15 @@ from pipelines.launch import OnProgress, ProgressFollower, Stopped, require_resu
 POLL_S = 1.0
 STATUS_EVERY_S = 5.0
 LOST_AFTER_S = 300.0
+SUBMIT_FOR_S = 120.0
 FORWARDED_PREFIXES = ("AWS_", "DRORAE_", "MLFLOW_", "RAY_TRAIN_")
 RUNNING = frozenset({"PENDING", "RUNNING"})
 
 log = logging.getLogger(__name__)
+
+
+class ClusterAway(RuntimeError):
+    """Nothing answers where the cluster should be."""
 
 
 class RayJobLauncher:
@@ -56,12 +62,26 @@ class RayJobLauncher:
     def _submit(self, spec: JobSpec, attempt: int) -> None:
         name = submission_id(spec, attempt)
         uri = attempts.attempt_uri(spec, attempt)
-        self._client().submit_job(
-            entrypoint=f"python -m pipelines.job {uri}",
-            submission_id=name,
-            runtime_env={"env_vars": {**self._env, "DRORAE_RAY_JOB_ID": name}},
-            metadata={"stage": spec.stage, "key": spec.key},
-        )
+        deadline = time.monotonic() + SUBMIT_FOR_S
+        while True:
+            try:
+                self._client().submit_job(
+                    entrypoint=f"python -m pipelines.job {uri}",
+                    submission_id=name,
+                    runtime_env={"env_vars": {**self._env, "DRORAE_RAY_JOB_ID": name}},
+                    metadata={"stage": spec.stage, "key": spec.key},
+                )
+                return
+            except ClusterAway:
+                raise
+            except (RuntimeError, ConnectionError) as error:
+                # A lost answer to a submission that arrived, or a head whose job agent is not up.
+                if self._status(name) is not None:
+                    return
+                if time.monotonic() > deadline or self._stop.wait(POLL_S):
+                    raise RuntimeError(
+                        f"Ray at {self._address} did not take job {name}: {error}; see its logs."
+                    ) from error
 
     def _follow(
         self, spec: JobSpec, attempt: int, follower: ProgressFollower
@@ -91,6 +111,8 @@ class RayJobLauncher:
         """Return the status of a job; None when the cluster does not know it or does not answer."""
         try:
             return str(self._client().get_job_status(name).value)
+        except ClusterAway:
+            raise
         except (RuntimeError, ConnectionError) as error:
             log.info("no status of %s: %s", name, error)
             return None
@@ -110,9 +132,9 @@ class RayJobLauncher:
                 try:
                     self._connected = JobSubmissionClient(self._address)
                 except ConnectionError as error:
-                    raise RuntimeError(
-                        f"the Ray cluster at {self._address} does not answer ({error}); expected its "
-                        "Jobs API there (port 8265). Start it, or unset DRORAE_RAY_ADDRESS."
+                    raise ClusterAway(
+                        f"the Ray cluster at {self._address} does not answer ({error}); expected "
+                        "its Jobs API there (port 8265). Start it, or unset DRORAE_RAY_ADDRESS."
                     ) from error
             return self._connected
 

@@ -1,6 +1,7 @@
-"""What a run would do: for every stage of a configuration, what is there, what is missing or damaged, and why.
+"""What a run would do: for every stage, what is there, missing or damaged, and why.
 
-Planning reads manifests and sources only. `drorae plan` prints it, `drorae run` and the flow act on it.
+Planning reads manifests and sources only. `drorae plan` prints it, `drorae run` and the flow act on
+it.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ State = Literal["present", "missing", "unfinished", "damaged", "forced", "code c
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What the caller asked for. All texts and numbers, so that it can be the parameters of a deployment."""
+    """What the caller asked for."""
 
     recipe: str = "smoke"
     """Name of the recipe."""
@@ -100,7 +101,7 @@ class RunPlan:
 
 
 def default_workspace() -> str:
-    """Return the workspace of a run that names none: DRORAE_WORKSPACE, or `runs` in the current folder."""
+    """Return the workspace of a run that names none: DRORAE_WORKSPACE, else `runs`."""
     return os.environ.get(WORKSPACE_VARIABLE) or DEFAULT_WORKSPACE
 
 
@@ -117,7 +118,8 @@ def make_plan(request: Request) -> RunPlan:
     """Compare a configuration with the workspace.
 
     Raises:
-        ValueError: For an unknown recipe, path or stage, or when `only` or `from_stage` leaves out something missing.
+        ValueError: For an unknown recipe, path or stage, or when `only` or `from_stage` leaves out
+            something missing.
         FileNotFoundError: If the workspace's bucket does not exist.
     """
     full = configuration(request.recipe, request.overrides)
@@ -187,21 +189,18 @@ def _look(
     return "missing", "", None
 
 
-def _why_missing(
-    stage: stages.Stage, config: dict[str, Any], earlier: Sequence[Manifest]
-) -> str:
+def _why_missing(stage: stages.Stage, config: dict[str, Any], earlier: Sequence[Manifest]) -> str:
     if not earlier:
         return "never built here"
     last = earlier[-1]
     if last.version != str(stage.version):
         return f"stage version {last.version} -> {stage.version}"
-    changes = [
-        f"{path} {old!r} -> {new!r}"
-        for path, old, new in _changes(last.config, config)
-    ]
+    changes = [f"{path} {old!r} -> {new!r}" for path, old, new in _changes(last.config, config)]
     if not changes:
         return "an input changed"
-    more = f" and {len(changes) - MAX_CHANGES_SHOWN} more" if len(changes) > MAX_CHANGES_SHOWN else ""
+    more = (
+        f" and {len(changes) - MAX_CHANGES_SHOWN} more" if len(changes) > MAX_CHANGES_SHOWN else ""
+    )
     return ", ".join(changes[:MAX_CHANGES_SHOWN]) + more
 
 
@@ -246,6 +245,6 @@ def _check_inputs(plan: RunPlan) -> None:
             if not needed.selected and needed.state != "present":
                 raise ValueError(
                     f"stage {step.stage} reads the output of {name}, which is {needed.state} in "
-                    f"{Workspace(plan.request.workspace).uri} ({needed.reason}); run without --only "
-                    f"and --from, or `drorae run --only {name}` first."
+                    f"{plan.request.workspace} ({needed.reason}); run without --only and "
+                    f"--from, or `drorae run --only {name}` first."
                 )

@@ -1,8 +1,9 @@
-"""Where the Prefect API of a `drorae run` is: the configured server when it answers, else a private one.
+"""The Prefect API of a `drorae run`: the configured server if it answers, else a private one.
 
-The private server keeps its database in the workspace, so that earlier runs stay visible, loads no UI and no
-background services, and ends with the run. Measured on 2 cores: 11 s with a fresh database, 4 s later. It starts
-before Prefect is imported, because Prefect reads its settings from the environment at import.
+The private server keeps its database in the workspace, so that earlier runs stay visible, loads no
+UI and no background services, and ends with the run. Measured on 2 cores: 11 s with a fresh
+database, 4 s later. It starts before Prefect is imported, because Prefect reads its settings from
+the environment at import.
 """
 
 import fcntl
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 def configured_url(environment: dict[str, str], folder: Path) -> str | None:
-    """Return the API that Prefect would use here: environment, then prefect.toml, then the active profile."""
+    """Return the API that Prefect would use: environment, then prefect.toml, then the profile."""
     if environment.get("PREFECT_API_URL"):
         return environment["PREFECT_API_URL"]
     local = _read_toml(folder / "prefect.toml").get("api", {}).get("url")
@@ -124,7 +125,7 @@ def wait_until_ready() -> None:
 
 @contextmanager
 def _private_home(parent: Path) -> Iterator[Path]:
-    """Hold the first home folder that no other run uses: two servers on one SQLite file lock each other out."""
+    """Hold a home folder that no other run uses: servers that share a SQLite file lock it."""
     for number in range(MAX_HOMES):
         home = parent / str(number)
         home.mkdir(parents=True, exist_ok=True)

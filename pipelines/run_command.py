@@ -15,7 +15,7 @@ from rich.table import Table
 from drorae.store import files
 from drorae.store.workspace import Workspace
 from pipelines.display import choose_display, format_duration
-from pipelines.launch import StageFailed, Stopped
+from pipelines.launch import StageFailed
 from pipelines.plan import Request, RunPlan, make_plan
 from pipelines.prefect_api import prefect_api, wait_until_ready
 from pipelines.session import CONTROLS, Controls, local_root
@@ -26,7 +26,7 @@ MAX_METRICS = 4
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """Run the graph, print the results table and the path of the report, and return the exit code."""
+    """Run the graph and print the results table; returns the exit code."""
     request: Request = options.request
     plan = make_plan(request)
     if plan.is_complete:
@@ -60,12 +60,15 @@ def _run_flow(
     try:
         with _stop_on_signals(controls.stop), prefect_api(local_root(workspace)):
             _call_flow(plan.request, options)
-    except (StageFailed, Stopped) as error:
-        if controls.stop.is_set():
-            _say("interrupted; the same command continues where this run stopped.")
-            return EXIT_INTERRUPTED
+    except StageFailed as error:
         _say(f"error: {error}")
         return EXIT_FAILED_STAGE
+    except BaseException:
+        # Prefect raises a signal of its own kind for SIGTERM.
+        if not controls.stop.is_set():
+            raise
+        _say("interrupted; the same command continues where this run stopped.")
+        return EXIT_INTERRUPTED
     finally:
         controls.display.close()
         CONTROLS.reset(token)
@@ -75,9 +78,7 @@ def _run_flow(
 
 
 def _say(text: str) -> None:
-    Console(stderr=True).print(
-        f"drorae: {text}", highlight=False, markup=False, soft_wrap=True
-    )
+    Console(stderr=True).print(f"drorae: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _call_flow(request: Request, options: argparse.Namespace) -> None:

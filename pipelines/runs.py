@@ -1,7 +1,8 @@
 """The MLflow runs of a pipeline run: one parent, and one nested run per stage that is built.
 
-Both are found again by their key, so that a retry or a restarted run continues the same curves. Opening takes
-seconds the first time (a fresh database), so it happens in a thread while the other services start.
+Both are found again by their key, so that a retry or a restarted run continues the same curves.
+Opening takes seconds the first time (a fresh database), so it happens in a thread while the other
+services start.
 """
 
 import fcntl
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def tracking_uri(root: Path, *, is_shared: bool) -> str | None:
-    """Return where curves go: DRORAE_TRACKING_URI, MLFLOW_TRACKING_URI, or a database in the workspace.
+    """Return where curves go: the configured MLflow, or a database in the workspace.
 
     Args:
         root: Local folder of the workspace.
@@ -118,7 +119,7 @@ class TrackedRuns:
 
 @contextmanager
 def _file_lock(path: Path) -> Iterator[None]:
-    """Hold a lock against other processes: two runs may not create one database at the same time."""
+    """Hold a lock against other processes: two that find no run would both create it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""What the stages of one pipeline run share: plan, launcher, places, MLflow runs, display, and how each stage ended."""
+"""What the stages of one pipeline run share, and how each stage ended."""
 
 import os
 import threading
@@ -72,7 +72,8 @@ class Session:
 
     Args:
         plan: What to do.
-        jobs: Stage jobs at the same time; None takes `compute.parallel_stages`, and no limit on a cluster.
+        jobs: Stage jobs at the same time; None takes `compute.parallel_stages`, and no limit on a
+            cluster.
         prefect_run_id: Id of the Prefect run, for manifests.
     """
 
@@ -88,7 +89,9 @@ class Session:
         self._prefect_run_id = prefect_run_id
         self._steps = {step.stage: step for step in plan.steps}
         root, address = local_root(self._workspace), cluster_address()
-        self._slots = Slots(jobs or (len(plan.steps) if address else plan.full.compute.parallel_stages))
+        self._slots = Slots(
+            jobs or (len(plan.steps) if address else plan.full.compute.parallel_stages)
+        )
         self._launcher: Launcher = (
             RayJobLauncher(address, self._stop, dict(os.environ))
             if address

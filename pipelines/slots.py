@@ -1,4 +1,4 @@
-"""A limit on how many stage jobs run at once on one machine; the longest remaining chain goes first."""
+"""A limit on how many stage jobs run at once; the longest remaining chain goes first."""
 
 import heapq
 import itertools
@@ -25,7 +25,8 @@ class Slots:
         """Wait for a place and hold it.
 
         Args:
-            chain_length: Stages that follow one another from here to the end; the largest is served first.
+            chain_length: Stages that follow one another from here to the end; the largest is served
+                first.
         """
         ticket = (-chain_length, next(self._order))
         with self._changed:

@@ -1,8 +1,8 @@
 """The stage table: the whole graph of the product on one screen.
 
-A stage names what it needs, which sections of the configuration it uses (they and the keys of its inputs make
-its key), and the function that does the work. Order, deployments, `drorae plan` and the flow all read this table.
-Raise a stage's `version` when its code changes what it writes.
+A stage names what it needs, which sections of the configuration it uses (they and the keys of its
+inputs make its key), and the function that does the work. Order, deployments, `drorae plan` and the
+flow all read this table. Raise a stage's `version` when its code changes what it writes.
 """
 
 import difflib
@@ -118,7 +118,7 @@ STAGES: tuple[Stage, ...] = (
 
 
 def topological(table: Sequence[Stage]) -> tuple[Stage, ...]:
-    """Return the stages with every stage after those that it needs; table order where that leaves a choice.
+    """Return the stages, each after those that it needs; else in table order.
 
     Raises:
         ValueError: If a name occurs twice, a need is unknown, or the needs form a cycle.
@@ -179,7 +179,7 @@ def descendants(name: str, table: Sequence[Stage]) -> set[str]:
 
 
 def chain_length(name: str, table: Sequence[Stage]) -> int:
-    """Return how many stages still follow one another after `name`: the longest goes first when slots are few."""
+    """Return the number of stages from `name` to the end; the longest chain gets a slot first."""
     followers = [stage.name for stage in table if name in stage.needs]
     return 1 + max((chain_length(follower, table) for follower in followers), default=0)
 

@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ _ENCODER_LOCK = (
 )  # encoders collect block outputs by hooks: one forward at a time, whatever the thread
 
 
+@runtime_checkable
 class HiddenEncoder(Protocol):
     """What is needed of an encoder (`drorae.models.encoder.Encoder`)."""
 

@@ -10,15 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 
 from drorae.data import sample_order
-from drorae.data.hidden_states import HiddenStates, to_unit
-from drorae.data.images import ImageShards
-from drorae.shapes import Float, Int, Tensor
+from drorae.data.hidden_states import to_unit
+from drorae.shapes import Float, Int, Tensor, UInt8
 
 T = TypeVar("T")
 
@@ -63,6 +62,31 @@ class LatentBatch:
     """Class of each image."""
 
 
+@runtime_checkable
+class ImageReader(Protocol):
+    """What is needed of `drorae.data.images.ImageShards`."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        ...
+
+    def read(
+        self, ids: np.ndarray
+    ) -> tuple[UInt8[Tensor, "batch 3 height width"], Int[Tensor, " batch"]]:
+        """Images and labels."""
+        ...
+
+
+@runtime_checkable
+class HiddenReader(Protocol):
+    """What is needed of `drorae.data.hidden_states.HiddenStates`."""
+
+    def read(self, ids: np.ndarray) -> Float[Tensor, "batch layers tokens dim"]:
+        """Hidden states."""
+        ...
+
+
+@runtime_checkable
 class LatentReader(Protocol):
     """What is needed of `drorae.data.latents.LatentShards`."""
 
@@ -153,8 +177,8 @@ class Batches(Generic[T]):
 
 
 def tokenizer_batches(
-    images: ImageShards,
-    hidden: HiddenStates,
+    images: ImageReader,
+    hidden: HiddenReader,
     *,
     seed: int,
     num_steps: int,

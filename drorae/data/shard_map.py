@@ -7,10 +7,11 @@ themselves, atomically and under fixed names, and return a small JSON result. Th
 
 import functools
 import json
+import logging
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from drorae.config import Compute
 from drorae.store import files
@@ -29,6 +30,7 @@ class ShardTask:
     """JSON values that the worker needs."""
 
 
+@runtime_checkable
 class ShardWorker(Protocol):
     """What runs in an actor: built once with `worker_args`, called once a shard."""
 
@@ -37,6 +39,7 @@ class ShardWorker(Protocol):
         ...
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Runs tasks somewhere and yields (name, result) as they finish."""
 
@@ -161,6 +164,7 @@ def run_on_ray(
     connect_ray(compute)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress is told by `on_progress`
     rows = [{"name": task.name, "payload": json.dumps(task.payload)} for task in tasks]
     actors = min(compute.data_actors, len(tasks))
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(

@@ -140,10 +140,10 @@ class Features:
 
     def of(
         self,
-        images: UInt8[Tensor, "batch 3 height width"],
+        images: Tensor,
         on_progress: Callable[[int], None] | None = None,
     ) -> FeatureSet:
-        """Features of all images.
+        """Features of all images, uint8 [N, 3, H, W].
 
         Raises:
             ValueError: If the images are not uint8.

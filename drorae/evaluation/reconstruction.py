@@ -7,7 +7,7 @@ so that every comparison can be paired.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -46,6 +46,7 @@ PAIRS = (
 )
 
 
+@runtime_checkable
 class Photos(Protocol):
     """Decoded images of one split (`drorae.data.images.ImageShards`)."""
 

@@ -16,15 +16,15 @@ from drorae.training.tokenizer import TokenizerTraining
 
 __all__ = ["smoke"]
 
-WIDTH, GRID = 384, 8  # ViT-S/14 at 112 px
+WIDTH, GRID = 384, 4  # ViT-S/14 at 56 px
 
 
 def smoke() -> FullJob:
     """Every stage for real, small enough for a laptop.
 
     Command: `make demo`, or `drorae run --recipe smoke`.
-    Data: 3,000 training and 1,000 held-out CIFAR-10 photos of 32 px, shown to the encoder at 112 px.
-    Encoder: DINOv2 ViT-S/14 fine-tuned for saliency (asset `dinov2-s-saliency`), 12 layers, 8 x 8 tokens.
+    Data: 3,000 training and 800 held-out CIFAR-10 photos of 32 px, shown to the encoder at 56 px.
+    Encoder: DINOv2 ViT-S/14 fine-tuned for saliency (asset `dinov2-s-saliency`), 12 layers, 4 x 4 tokens.
     """
     return FullJob(
         recipe="smoke",
@@ -33,11 +33,11 @@ def smoke() -> FullJob:
             source="asset:cifar10",
             resolution_px=32,
             max_train_images=3000,
-            max_val_images=1000,
+            max_val_images=800,
             rows_per_shard=1000,
         ),
         encoder=EncoderConfig(
-            source="asset:dinov2-s-saliency", input_px=112, patch_px=14, width=WIDTH, depth=12
+            source="asset:dinov2-s-saliency", input_px=56, patch_px=14, width=WIDTH, depth=12
         ),
         decoder=DecoderStage(
             model=DecoderConfig(
@@ -47,27 +47,27 @@ def smoke() -> FullJob:
                 heads=3,
                 mlp_hidden=768,
                 grid=GRID,
-                patch_px=4,
+                patch_px=8,
             ),
-            train=_tokenizer(num_steps=400, lr=1e-3),
+            train=_tokenizer(num_steps=600, lr=1e-3),
         ),
         fusion=FusionStage(
-            model=FusionConfig(expert_hidden=256), train=_tokenizer(num_steps=200, lr=1e-3)
+            model=FusionConfig(expert_hidden=384), train=_tokenizer(num_steps=300, lr=1e-3)
         ),
-        finetune=FinetuneStage(train=_tokenizer(num_steps=250, lr=5e-4)),
+        finetune=FinetuneStage(train=_tokenizer(num_steps=400, lr=5e-4)),
         latents=LatentJob(),
-        diffusion=_diffusion(depth=(6, 2), num_steps=250),
-        guide=_diffusion(depth=(2, 2), num_steps=80),
+        diffusion=_diffusion(depth=(6, 2), num_steps=700),
+        guide=_diffusion(depth=(2, 2), num_steps=200),
         evaluate=EvaluateJob(
-            num_val_images=1000,
-            num_samples=500,
+            num_val_images=800,
+            num_samples=400,
             num_grid_points=20,
-            feature_px=112,
+            feature_px=64,
             lpips_net="alex",
             num_grid_images=8,
         ),
         report=ReportJob(title="DRoRAE, smoke recipe"),
-        compute=Compute(threads_per_worker=1, save_every_steps=50, log_every_steps=10),
+        compute=Compute(threads_per_worker=2, save_every_steps=50, log_every_steps=10),
     )
 
 
@@ -75,7 +75,7 @@ def _tokenizer(num_steps: int, lr: float) -> TokenizerTraining:
     """Tokenizer phases: short schedules want higher rates and a faster average than the paper's."""
     return TokenizerTraining(
         num_steps=num_steps,
-        batch_images=32,
+        batch_images=64,
         optim=OptimConfig(
             lr=lr,
             betas=(0.9, 0.95),
@@ -102,7 +102,7 @@ def _diffusion(depth: tuple[int, int], num_steps: int) -> DiffusionStage:
             num_classes=10,
         ),
         num_steps=num_steps,
-        batch_images=32,
+        batch_images=64,
         times=TimeConfig(),
         optim=OptimConfig(
             lr=1e-3,

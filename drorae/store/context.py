@@ -93,7 +93,7 @@ class StageContext:
             )
         return join(self.output_uri, name)
 
-    def progress(self, done: float, total: float, unit: str, **extra: Any) -> None:
+    def progress(self, done: int | float, total: int | float, unit: str, **extra: Any) -> None:
         """Tell how far the stage is; at most one small write every 2 seconds, and one at the end.
 
         The rate counts from the first call, so a resumed stage shows its present speed. A store

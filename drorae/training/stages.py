@@ -15,7 +15,7 @@ from torch import nn
 from drorae.checkpoint import TrainingCheckpoints, load_weights, weights_bytes
 from drorae.config import from_json, to_json
 from drorae.data.assets import asset_path
-from drorae.data.hidden_states import HiddenStates
+from drorae.data.hidden_states import HiddenStates, hidden_cache_path
 from drorae.data.images import ImageShards
 from drorae.data.latent_shards import LatentShards
 from drorae.data.loaders import latent_batches, tokenizer_batches
@@ -271,9 +271,8 @@ def _run_phase(
 def _hidden_states(
     ctx: StageContext, split: str, encoder: Encoder, job: TokenizerTraining
 ) -> HiddenStates:
-    cache_path = ctx.compute.cache_path or None
-    images = ImageShards(ctx.inputs["shard"], split, cache_path=cache_path)
-    return HiddenStates(images, encoder, job.hidden_states, cache_path)
+    images = ImageShards(ctx.inputs["shard"], split, cache_path=ctx.compute.cache_path or None)
+    return HiddenStates(images, encoder, job.hidden_states, hidden_cache_path(ctx))
 
 
 def _fill_progress(ctx: StageContext, world: World) -> Callable[[int, int], None] | None:

@@ -1,9 +1,10 @@
-"""Bring the services up and down on this machine: Prefect server and worker, MLflow server, Ray head.
+"""Bring the services up and down on this machine: Prefect, its worker, MLflow, Ray.
 
-`python infra/local/services.py up|down|status` (the Makefile's `make up` and `make down`). Everything listens on
-loopback where the service allows it (Ray does not; it asks for a token made here). State lies in .drorae/services/, which git
-ignores: process numbers, logs, databases, the Ray token. `up` also writes prefect.toml, with which a new shell in this
-folder finds the server without any variable. Every process is ended by its number, the worker before the server.
+`python infra/local/services.py up|down|status` (the Makefile's `make up` and `make down`).
+Everything listens on loopback where the service allows it (Ray does not; it asks for a token made
+here). State lies in .drorae/services/, which git ignores: process numbers, logs, databases, the Ray
+token. `up` also writes prefect.toml, with which a new shell in this folder finds the server without
+any variable. Every process is ended by its number, the worker before the server.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def write_state(state: dict) -> None:
 
 
 def started_at(pid: int) -> str | None:
-    """Return a text that tells this process from a later one with the same number; None when it is gone."""
+    """Return when a process started, which tells a reused number; None when it is gone."""
     answer = subprocess.run(
         ["ps", "-o", "lstart=,stat=", "-p", str(pid)], capture_output=True, text=True, check=False
     )
@@ -190,7 +191,7 @@ def run(state: dict, *command: str) -> None:
 
 
 def new_state() -> dict:
-    """Choose ports, a token, and a short folder for Ray, whose socket paths have a limit of 107 bytes."""
+    """Choose ports, a token, and a short folder for Ray (a socket path has at most 107 bytes)."""
     root = "/tmp" if os.access("/tmp", os.W_OK) else None
     return {
         "ports": {name: free_port(port) for name, port in PORTS.items()},

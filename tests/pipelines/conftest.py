@@ -1,4 +1,4 @@
-"""The fake graph in this process and in every process that a test starts, and one Prefect server for all tests."""
+"""The fake graph, here and in every process that a test starts, and one Prefect server."""
 
 import os
 import warnings

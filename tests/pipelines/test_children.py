@@ -45,8 +45,9 @@ def test_stop_ends_the_whole_group(tmp_path: Path) -> None:
 
 
 def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
-    code = "import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
-    process = children.spawn([sys.executable, "-c", code], log_path=tmp_path / "log", env={})
+    code = "import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True);"
+    command = [sys.executable, "-c", f"{code} time.sleep(60)"]
+    process = children.spawn(command, log_path=tmp_path / "log", env={})
     wait_for(lambda: (tmp_path / "log").read_text())
     children.stop(process, grace_s=0.2)
     assert process.returncode == -signal.SIGKILL
@@ -56,7 +57,8 @@ def test_children_end_when_the_parent_is_killed(tmp_path: Path) -> None:
     log = tmp_path / "log"
     parent_code = (
         "from pathlib import Path; from pipelines import children; import sys, time;"
-        f"children.spawn([sys.executable, '-c', {SLEEPER!r}], log_path=Path({str(log)!r}), env={{}});"
+        f"command = [sys.executable, '-c', {SLEEPER!r}];"
+        f"children.spawn(command, log_path=Path({str(log)!r}), env={{}});"
         "time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", parent_code])

@@ -23,7 +23,7 @@ def test_everything_reused_ends_with_the_table_and_the_report(
     build_all(workspace, fake.FakeJob())
     assert drorae(workspace, "run", "--recipe", "fake") == 0
     out = capsys.readouterr().out
-    assert out.count("reused") == 5
+    assert out.count(" reused ") == 5
     assert "report.html" in out.splitlines()[-1]
     assert not (workspace / "prefect").exists()
 

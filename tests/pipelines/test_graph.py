@@ -23,9 +23,7 @@ def _no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(workspace: Path, *overrides: str, **more: object) -> dict[str, str]:
-    return graph.drorae(
-        recipe="fake", workspace=str(workspace), overrides=list(overrides), **more
-    )
+    return graph.drorae(recipe="fake", workspace=str(workspace), overrides=list(overrides), **more)
 
 
 def test_every_stage_runs_once_after_its_needs(workspace: Path) -> None:

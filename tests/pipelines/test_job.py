@@ -133,7 +133,7 @@ def test_a_job_that_dies_without_a_word_is_explained(
     killer.write_text("#!/bin/sh\necho last words\nkill -9 $$\n")
     killer.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(killer))
-    with pytest.raises(StageFailed, match="ended with signal 9.*last words"):
+    with pytest.raises(StageFailed, match=r"ended with signal 9.*last words"):
         launch(spec, tmp_path)
 
 

@@ -135,6 +135,47 @@ def test_a_cluster_that_forgot_the_job_is_an_error(
         run(launcher, spec)
 
 
+def test_a_cluster_whose_agent_is_not_up_yet_is_asked_again(
+    launcher: RayJobLauncher, cluster: FakeCluster, spec: JobSpec
+) -> None:
+    def refuse(name: str) -> None:
+        cluster.on_submit = lambda name: finish(spec, 1, RESULT)
+        cluster.jobs.clear()
+        raise RuntimeError("No available agent to submit job, please try again later.")
+
+    cluster.on_submit = refuse
+    assert run(launcher, spec) == RESULT
+    assert [job["id"] for job in cluster.submitted] == ["fusion-abc-a1"] * 2
+
+
+def test_a_lost_answer_does_not_submit_twice(
+    launcher: RayJobLauncher, cluster: FakeCluster, spec: JobSpec
+) -> None:
+    def lose(name: str) -> None:
+        finish(spec, 1, RESULT)
+        raise ConnectionError("reset")
+
+    cluster.on_submit = lose
+    assert run(launcher, spec) == RESULT
+    assert len(cluster.submitted) == 1
+
+
+def test_a_cluster_that_takes_no_jobs_is_an_error(
+    launcher: RayJobLauncher,
+    cluster: FakeCluster,
+    spec: JobSpec,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(name: str) -> None:
+        cluster.jobs.clear()
+        raise RuntimeError("No available agent")
+
+    monkeypatch.setattr(launch_ray, "SUBMIT_FOR_S", 0.05)
+    cluster.on_submit = refuse
+    with pytest.raises(RuntimeError, match="did not take job fusion-abc-a1: No available agent"):
+        run(launcher, spec)
+
+
 def test_stopping_the_run_stops_the_job(
     launcher: RayJobLauncher, cluster: FakeCluster, spec: JobSpec
 ) -> None:
@@ -148,5 +189,5 @@ def test_stopping_the_run_stops_the_job(
 def test_a_cluster_that_does_not_answer_is_named(spec: JobSpec) -> None:
     pytest.importorskip("ray.job_submission")
     launcher = RayJobLauncher("http://127.0.0.1:1", threading.Event(), {})
-    with pytest.raises(RuntimeError, match="Ray cluster at http://127.0.0.1:1 does not answer"):
+    with pytest.raises(RuntimeError, match=r"Ray cluster at http://127\.0\.0\.1:1 does not answer"):
         run(launcher, spec)

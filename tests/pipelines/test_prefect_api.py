@@ -62,7 +62,10 @@ def test_a_server_that_answers_is_used(
 
 
 def test_two_runs_do_not_share_a_database(tmp_path: Path) -> None:
-    with prefect_api._private_home(tmp_path) as first, prefect_api._private_home(tmp_path) as second:
+    with (
+        prefect_api._private_home(tmp_path) as first,
+        prefect_api._private_home(tmp_path) as second,
+    ):
         assert first != second
     with prefect_api._private_home(tmp_path) as again:
         assert again == first

@@ -19,7 +19,7 @@ def is_remote(uri: str) -> bool:
     return "://" in uri
 
 
-def open_file(uri: str) -> BinaryIO:
+def open_file(uri: str) -> Any:
     """Open a local or remote file for random reading.
 
     Raises:

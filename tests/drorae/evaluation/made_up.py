@@ -94,7 +94,7 @@ def metrics() -> dict[str, Any]:
                 "cosine_at_bound": -0.25,
             },
             "angle_histogram": {
-                "counts": [1, 2, 8, 20, 60, 140, 300.0],
+                "counts": [1.0, 2.0, 8.0, 20.0, 60.0, 140.0, 300.0],
                 "edges_degrees": np.linspace(11, 14.5, 8).tolist(),
             },
             "spectra": {

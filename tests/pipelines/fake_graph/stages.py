@@ -1,4 +1,4 @@
-"""A tiny graph of four stages without training: a -> b -> (c, d) -> e; every stage counts its runs in a file."""
+"""A tiny graph without training: a -> b -> (c, d) -> report; every run of a stage is noted."""
 
 import json
 import os
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pipelines.stages
-from drorae import recipes
 from drorae.config import Compute
 from drorae.store.context import StageContext, StageResult
 from pipelines.stages import Stage
@@ -144,6 +143,9 @@ def fake_get(name: str) -> FakeJob:
 
 def install() -> None:
     """Put the fake graph in place of the real one, in this process."""
+    # Not at the top: the stage jobs import this module and need no recipes.
+    from drorae import recipes
+
     pipelines.stages.STAGES = TABLE
     recipes.get = fake_get
     recipes.names = lambda: ["fake"]
