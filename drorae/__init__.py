@@ -1,1 +1,4 @@
-"""DRoRAE: train image tokenizers that fuse all layers of a frozen vision encoder, and latent diffusion models on them."""
+"""DRoRAE: image tokenizers that fuse all layers of a frozen encoder, and diffusion models on them.
+
+The encoder is a vision transformer; the diffusion models work on the latents of the tokenizer.
+"""

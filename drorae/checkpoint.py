@@ -1,8 +1,8 @@
-"""Training checkpoints: written whole or not at all, checked before use, the newest intact one is chosen.
+"""Training checkpoints: written whole or not at all, checked before use, newest intact one chosen.
 
-A checkpoint is `step-00000500.pt` and, written after it, `step-00000500.json` with its size and sha256. Without an intact
-pair there is no checkpoint, so a torn write is never restored. Weights of finished stages are not here: those are
-safetensors files in the stage's output.
+A checkpoint is `step-00000500.pt` and, written after it, `step-00000500.json` with its size and
+sha256. Without an intact pair there is no checkpoint, so a torn write is never restored. Weights of
+finished stages are not here: those are safetensors files in the stage's output.
 """
 
 import hashlib

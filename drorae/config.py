@@ -1,8 +1,9 @@
-"""Configuration as frozen dataclasses: JSON round trip, digest, override by path, field documentation.
+"""Configuration as frozen dataclasses: JSON round trip, digest, override by path, field docs.
 
-Every configuration class lies beside the code that it configures; this module knows none of them. It imports only the
-standard library, so that planning a run needs no torch. `Compute` lives here because it belongs to no stage: it says how a
-stage runs (workers, threads, checkpoint intervals), never what it computes, and is therefore part of no stage key.
+Every configuration class lies beside the code that it configures; this module knows none of them.
+It imports only the standard library, so that planning a run needs no torch. `Compute` lives here
+because it belongs to no stage: it says how a stage runs (workers, threads, checkpoint intervals),
+never what it computes, and is therefore part of no stage key.
 """
 
 import ast
@@ -57,9 +58,11 @@ class Compute:
     max_failures: int = 3
     """Restarts of the Ray Train worker group from the last checkpoint before the stage fails."""
     collective_timeout_s: float = 600.0
-    """Longest wait of a rank for the others before it is declared hung. Ray's own default is no limit."""
+    """Longest wait of a rank for the others before it is declared hung. Ray's own default is no
+    limit."""
     cache_path: str = ""
-    """Folder for hidden-state caches and downloads; empty: beside a local workspace, else the user's cache."""
+    """Folder for hidden-state caches and downloads; empty: beside a local workspace, else the
+    user's cache."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -101,7 +104,8 @@ def to_json(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(
-        f"{type(value).__name__} cannot be stored as JSON: expected dataclass, list, dict or scalar."
+        f"{type(value).__name__} cannot be stored as JSON: expected dataclass, list, dict or "
+        "scalar."
     )
 
 
@@ -221,11 +225,12 @@ def override(config: T, assignments: Sequence[str]) -> T:
     """Apply `section.field=value` assignments to a configuration.
 
     A path may leave out inner sections when exactly one field fits: `fusion.expert_hidden` is
-    `fusion.model.expert_hidden`. Values are JSON (`1e-4`, `true`, `[1,2]`, `null`); what is no JSON is taken as text.
+    `fusion.model.expert_hidden`. Values are JSON (`1e-4`, `true`, `[1,2]`, `null`); what is no JSON
+    is taken as text.
 
     Raises:
-        ValueError: No `=`, unknown path (close matches are listed), ambiguous path, wrong type, or a value
-            that the configuration class refuses.
+        ValueError: No `=`, unknown path (close matches are listed), ambiguous path, wrong type, or
+            a value that the configuration class refuses.
     """
     for assignment in assignments:
         path, sign, text = assignment.partition("=")
@@ -311,10 +316,10 @@ def field_docs(config: Any, prefix: str = "") -> list[FieldDoc]:
 def _docs_of(cls: type) -> dict[str, str]:
     body = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
-    docs = {}
+    docs: dict[str, str] = {}
     for field, text in zip(body.body, body.body[1:], strict=False):
-        is_field = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-        is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-        if is_field and is_text:
-            docs[field.target.id] = " ".join(str(text.value.value).split())  # pyright: ignore
+        if not isinstance(field, ast.AnnAssign) or not isinstance(text, ast.Expr):
+            continue
+        if isinstance(field.target, ast.Name) and isinstance(text.value, ast.Constant):
+            docs[field.target.id] = " ".join(str(text.value.value).split())
     return docs

@@ -1,8 +1,9 @@
 """Names for tensor annotations: `Float[Tensor, "batch tokens dim"]`.
 
-With jaxtyping installed these are jaxtyping's types, and `pytest --jaxtyping-packages=drorae,beartype.beartype` checks
-every call. A GPU host that has only torch, transformers, safetensors and numpy lacks jaxtyping: there each name keeps the
-subscript syntax and means plain `Tensor`, so models and losses import unchanged.
+With jaxtyping installed these are jaxtyping's types, and `pytest
+--jaxtyping-packages=drorae,beartype.beartype` checks every call. A GPU host that has only torch,
+transformers, safetensors and numpy lacks jaxtyping: there each name keeps the subscript syntax and
+means plain `Tensor`, so models and losses import unchanged.
 """
 
 from typing import TYPE_CHECKING, Any

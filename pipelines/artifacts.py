@@ -2,13 +2,14 @@
 
 import base64
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
 
 from drorae.store import files
 from pipelines.display import format_duration
 from pipelines.plan import RunPlan
+from pipelines.quality import quality_tables
 from pipelines.session import Outcome
 
 MAX_IMAGE_BYTES = 2 << 20
@@ -39,7 +40,7 @@ def _table(plan: RunPlan, outcomes: Mapping[str, Outcome]) -> str:
     lines = [
         f"Recipe `{plan.request.recipe}` {' '.join(f'`{o}`' for o in plan.request.overrides)}",
         "",
-        "| stage | key | outcome | time | metrics |",
+        "| stage | key | outcome | time | note |",
         "|---|---|---|---|---|",
     ]
     for step in plan.steps:
@@ -47,12 +48,16 @@ def _table(plan: RunPlan, outcomes: Mapping[str, Outcome]) -> str:
         if outcome is None:
             lines.append(f"| {step.stage} | `{step.key}` | {step.state} | | {step.reason} |")
             continue
-        metrics = ", ".join(f"{k} {v:.4g}" for k, v in outcome.metrics.items() if v is not None)
         time_text = format_duration(outcome.wall_s)
-        lines.append(
-            f"| {step.stage} | `{step.key}` | {outcome.outcome} | {time_text} | {metrics} |"
-        )
+        lines.append(f"| {step.stage} | `{step.key}` | {outcome.outcome} | {time_text} | |")
+    for outcome in outcomes.values():
+        for title, columns, rows in quality_tables(outcome.metrics):
+            lines += ["", f"**{title}**", "", *_markdown([columns, ("---",) * len(columns), *rows])]
     return "\n".join(lines)
+
+
+def _markdown(rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def _grids(outcomes: Mapping[str, Outcome]) -> list[tuple[int, str, str]]:

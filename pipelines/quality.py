@@ -1,4 +1,4 @@
-"""What the evaluation found, as rows for a terminal and for Prefect: reconstruction, and generation by guidance."""
+"""What the evaluation found, as rows for a terminal and for Prefect."""
 
 from collections.abc import Mapping
 

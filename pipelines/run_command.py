@@ -18,11 +18,11 @@ from pipelines.display import choose_display, format_duration
 from pipelines.launch import StageFailed
 from pipelines.plan import Request, RunPlan, make_plan
 from pipelines.prefect_api import prefect_api, wait_until_ready
+from pipelines.quality import QualityTable, quality_tables
 from pipelines.session import CONTROLS, Controls, local_root
 
 EXIT_FAILED_STAGE = 1
 EXIT_INTERRUPTED = 130
-MAX_METRICS = 4
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
@@ -122,15 +122,22 @@ def _stop_on_signals(stop: threading.Event) -> Iterator[None]:
 def show_results(
     plan: RunPlan, outcomes: Mapping[str, tuple[str, float | None]], console: Console
 ) -> None:
-    """Print one row per stage of a finished run, and where the report is."""
-    table = Table("stage", "outcome", "time", "key", "main metrics", box=None, pad_edge=False)
+    """Print a row per stage of a finished run, what evaluation found, and the report's path."""
+    table = Table("stage", "outcome", "time", "key", box=None, pad_edge=False)
+    found: list[QualityTable] = []
     for step in plan.steps:
         if step.stage in outcomes:
             outcome, wall_s = outcomes[step.stage]
-            known = [(k, v) for k, v in step.metrics.items() if v is not None]
-            metrics = "  ".join(f"{name} {value:.4g}" for name, value in known[:MAX_METRICS])
-            table.add_row(step.stage, outcome, format_duration(wall_s), step.key, metrics)
+            table.add_row(step.stage, outcome, format_duration(wall_s), step.key)
+            found += quality_tables(step.metrics)
     console.print(table)
+    for title, columns, rows in found:
+        quality = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
+        for row in rows:
+            quality.add_row(*row)
+        console.print()
+        console.print(quality)
+    console.print()
     if "report" in outcomes:
         _say_path(console, report_uri(plan))
 

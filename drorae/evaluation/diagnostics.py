@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from drorae.models.fusion_config import token_angles_deg
+from drorae.models.fusion_output import token_angles_deg
 from drorae.shapes import Float, Tensor
 
 __all__ = [

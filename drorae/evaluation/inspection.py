@@ -19,7 +19,8 @@ from drorae.evaluation.image_metrics import to_unit
 from drorae.evaluation.inference import Generator, Tokenizer
 from drorae.evaluation.reconstruction import Photos, model_latents
 from drorae.models.autoencoder import denormalise_latent, normalise_latent
-from drorae.models.fusion_config import FusionConfig, FusionOutput, token_angles_deg
+from drorae.models.fusion_config import FusionConfig
+from drorae.models.fusion_output import FusionOutput, token_angles_deg
 from drorae.models.layers import map_to_tokens, tokens_to_map
 from drorae.shapes import Tensor
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from drorae.models.decoder import Decoder
 from drorae.models.encoder import Encoder
-from drorae.models.fusion_config import FusionOutput
+from drorae.models.fusion_output import FusionOutput
 from drorae.models.layers import map_to_tokens, tokens_to_map
 from drorae.shapes import Float, Tensor
 

@@ -32,7 +32,8 @@ from drorae.models.experts import (
     Router,
     routing_penalty,
 )
-from drorae.models.fusion_config import FusionConfig, FusionOutput, token_angles_deg
+from drorae.models.fusion_config import FusionConfig
+from drorae.models.fusion_output import FusionOutput, token_angles_deg
 from drorae.models.fusion_variants import AngleBudgetFusion, CappedFusion, LastLayer, MeanOfLayers
 from drorae.models.layers import normalise_features
 from drorae.shapes import Float, Tensor

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from drorae.models.experts import Experts, Router, depth_groups, router_view, routing_penalty
-from drorae.models.fusion_config import FusionConfig, FusionOutput
+from drorae.models.fusion_config import FusionConfig
+from drorae.models.fusion_output import FusionOutput
 from drorae.models.layers import normalise_features
 from drorae.shapes import Float, Tensor
 

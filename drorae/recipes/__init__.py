@@ -26,7 +26,7 @@ def get(name: str) -> FullJob:
 
 
 def describe(name: str) -> str:
-    """The recipe's docstring: command, expected time and result, and whether it was run at full size."""
+    """The recipe's docstring: command, expected time and result, whether it ran at full size."""
     return (_find(name).__doc__ or "").strip()
 
 

@@ -1,4 +1,4 @@
-"""The whole configuration of a run: one section per stage, the encoder they share, and how to compute."""
+"""The whole configuration of a run: a section per stage, the shared encoder, how to compute."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from drorae.config import Compute
 from drorae.data.jobs import LatentJob, ShardJob
 from drorae.evaluation.job import EvaluateJob, ReportJob
-from drorae.models.encoder import EncoderConfig
-from drorae.training.diffusion import DiffusionStage
-from drorae.training.jobs import DecoderStage, FinetuneStage, FusionStage
+from drorae.models.encoder_config import EncoderConfig
+from drorae.training.jobs import DecoderStage, DiffusionStage, FinetuneStage, FusionStage
 
 __all__ = ["FullJob"]
 
@@ -54,7 +53,7 @@ class FullJob:
 
     @property
     def control(self) -> FinetuneStage:
-        """The honest baseline: the last-layer decoder, trained on for as many steps as DRoRAE took."""
+        """The honest baseline: the last-layer decoder, trained on for as many steps as DRoRAE."""
         steps = self.fusion.train.num_steps + self.finetune.train.num_steps
         return FinetuneStage(train=dataclasses.replace(self.finetune.train, num_steps=steps))
 
@@ -62,8 +61,8 @@ class FullJob:
         decoder = self.decoder.model
         if decoder.latent_channels != self.encoder.width:
             raise ValueError(
-                f"decoder.model.latent_channels={decoder.latent_channels} does not fit encoder.width="
-                f"{self.encoder.width}: expected the same number."
+                f"decoder.model.latent_channels={decoder.latent_channels} does not fit "
+                f"encoder.width={self.encoder.width}: expected the same number."
             )
         if decoder.grid != self.encoder.grid:
             raise ValueError(
@@ -83,6 +82,6 @@ class FullJob:
             given = (stage.model.in_channels, stage.model.input_size)
             if given != expected:
                 raise ValueError(
-                    f"{name}.model.in_channels, input_size = {given} do not fit the encoder's latents: "
-                    f"expected {expected}."
+                    f"{name}.model.in_channels, input_size = {given} do not fit the encoder's "
+                    f"latents: expected {expected}."
                 )

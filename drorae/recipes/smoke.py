@@ -2,29 +2,34 @@
 
 from drorae.config import Compute
 from drorae.data.jobs import LatentJob, ShardJob
-from drorae.diffusion.times import TimeConfig
+from drorae.diffusion.time_config import TimeConfig
 from drorae.evaluation.job import EvaluateJob, ReportJob
-from drorae.models.decoder import DecoderConfig
+from drorae.models.decoder_config import DecoderConfig
 from drorae.models.dit_config import DiTConfig
-from drorae.models.encoder import EncoderConfig
+from drorae.models.encoder_config import EncoderConfig
 from drorae.models.fusion_config import FusionConfig
 from drorae.recipes.full import FullJob
-from drorae.training.diffusion import DiffusionStage
-from drorae.training.jobs import DecoderStage, FinetuneStage, FusionStage
-from drorae.training.optim import OptimConfig
-from drorae.training.tokenizer import TokenizerTraining
+from drorae.training.jobs import (
+    DecoderStage,
+    DiffusionStage,
+    FinetuneStage,
+    FusionStage,
+    OptimConfig,
+    TokenizerTraining,
+)
 
 __all__ = ["smoke"]
 
-WIDTH, GRID = 384, 4  # ViT-S/14 at 56 px
+WIDTH, GRID = 384, 8  # ViT-S/14 at 112 px
 
 
 def smoke() -> FullJob:
     """Every stage for real, small enough for a laptop.
 
     Command: `make demo`, or `drorae run --recipe smoke`.
-    Data: 3,000 training and 800 held-out CIFAR-10 photos of 32 px, shown to the encoder at 56 px.
-    Encoder: DINOv2 ViT-S/14 fine-tuned for saliency (asset `dinov2-s-saliency`), 12 layers, 4 x 4 tokens.
+    Data: 2,000 training and 500 held-out CIFAR-10 photos of 32 px, shown to the encoder at 112 px.
+    Encoder: DINOv2 ViT-S/14 fine-tuned for saliency (asset `dinov2-s-saliency`), 12 layers, 4 x 4
+    tokens.
     """
     return FullJob(
         recipe="smoke",
@@ -32,36 +37,36 @@ def smoke() -> FullJob:
         shard=ShardJob(
             source="asset:cifar10",
             resolution_px=32,
-            max_train_images=3000,
-            max_val_images=800,
-            rows_per_shard=1000,
+            max_train_images=2000,
+            max_val_images=500,
+            rows_per_shard=500,
         ),
         encoder=EncoderConfig(
-            source="asset:dinov2-s-saliency", input_px=56, patch_px=14, width=WIDTH, depth=12
+            source="asset:dinov2-s-saliency", input_px=112, patch_px=14, width=WIDTH, depth=12
         ),
         decoder=DecoderStage(
             model=DecoderConfig(
                 latent_channels=WIDTH,
-                width=192,
+                width=128,
                 layers=4,
-                heads=3,
-                mlp_hidden=768,
+                heads=2,
+                mlp_hidden=512,
                 grid=GRID,
-                patch_px=8,
+                patch_px=4,
             ),
-            train=_tokenizer(num_steps=600, lr=1e-3),
+            train=_tokenizer(num_steps=300, lr=2e-3),
         ),
         fusion=FusionStage(
-            model=FusionConfig(expert_hidden=384), train=_tokenizer(num_steps=300, lr=1e-3)
+            model=FusionConfig(expert_hidden=192), train=_tokenizer(num_steps=140, lr=2e-3)
         ),
-        finetune=FinetuneStage(train=_tokenizer(num_steps=400, lr=5e-4)),
+        finetune=FinetuneStage(train=_tokenizer(num_steps=160, lr=1e-3)),
         latents=LatentJob(),
-        diffusion=_diffusion(depth=(6, 2), num_steps=700),
-        guide=_diffusion(depth=(2, 2), num_steps=200),
+        diffusion=_diffusion(depth=(4, 1), num_steps=220),
+        guide=_diffusion(depth=(1, 1), num_steps=60),
         evaluate=EvaluateJob(
-            num_val_images=800,
-            num_samples=400,
-            num_grid_points=20,
+            num_val_images=500,
+            num_samples=160,
+            num_grid_points=11,
             feature_px=64,
             lpips_net="alex",
             num_grid_images=8,
@@ -75,7 +80,7 @@ def _tokenizer(num_steps: int, lr: float) -> TokenizerTraining:
     """Tokenizer phases: short schedules want higher rates and a faster average than the paper's."""
     return TokenizerTraining(
         num_steps=num_steps,
-        batch_images=64,
+        batch_images=24,
         optim=OptimConfig(
             lr=lr,
             betas=(0.9, 0.95),
@@ -96,13 +101,13 @@ def _diffusion(depth: tuple[int, int], num_steps: int) -> DiffusionStage:
         model=DiTConfig(
             input_size=GRID,
             in_channels=WIDTH,
-            hidden_size=(256, 384),
+            hidden_size=(192, 384),
             depth=depth,
-            num_heads=(4, 6),
+            num_heads=(3, 6),
             num_classes=10,
         ),
         num_steps=num_steps,
-        batch_images=64,
+        batch_images=24,
         times=TimeConfig(),
         optim=OptimConfig(
             lr=1e-3,

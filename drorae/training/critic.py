@@ -1,12 +1,11 @@
-"""The adversarial side of a tokenizer phase: discriminator, its optimiser, and the adaptive weight of Eq. 6.
+"""The adversarial side of a tokenizer phase: discriminator, optimiser, adaptive weight of Eq. 6.
 
-Order within a step follows RAE: the generator term uses the discriminator in eval mode; after the generator's update the
-discriminator learns on fakes from clean latents, clamped and rounded to 8 bits. Differences, on purpose: discriminator
-gradients are averaged over ranks, and the adaptive weight is computed from rank-averaged gradients, so that every rank
-applies the same weight.
+Order within a step follows RAE: the generator term uses the discriminator in eval mode; after the
+generator's update the discriminator learns on fakes from clean latents, clamped and rounded to 8
+bits. Differences, on purpose: discriminator gradients are averaged over ranks, and the adaptive
+weight is computed from rank-averaged gradients, so that every rank applies the same weight.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,45 +20,12 @@ from drorae.losses.adversarial import (
     quantise,
     to_signed,
 )
-from drorae.models.discriminator import DiscriminatorConfig
 from drorae.shapes import Float
-from drorae.training.optim import (
-    OptimConfig,
-    build_optimizer,
-    learning_rate,
-    set_learning_rate,
-)
+from drorae.training.jobs import AdversarialConfig
+from drorae.training.optim import build_optimizer, learning_rate, set_learning_rate
 from drorae.training.world import World, mean_over_ranks, wrap_ddp
 
-__all__ = ["AdversarialConfig", "Critic"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdversarialConfig:
-    """Adversarial term of Eq. 6."""
-
-    weight: float = 0.0
-    """lambda_g; 0 leaves the discriminator out. RAE: 0.75 (the paper says only "adaptive")."""
-    start_step: int = 0
-    """First step whose generator loss holds the term. DRoRAE: 30,000 (decoder), 10,000 (fusion); RAE: epoch 8."""
-    learn_from_step: int = 0
-    """First step in which the discriminator learns. RAE: epoch 6."""
-    discriminator: DiscriminatorConfig = field(
-        default_factory=lambda: DiscriminatorConfig(source="dino_vit_small_patch8_224.pth")
-    )
-    """The discriminator; its trunk is a file in DINO's own key names."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-4, betas=(0.9, 0.95)))
-    """Discriminator optimiser. RAE: 2e-4, (0.9, 0.95)."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        if self.weight < 0:
-            raise ValueError(f"adversarial.weight={self.weight} is negative: expected 0 or more.")
-        if self.learn_from_step > self.start_step:
-            raise ValueError(
-                f"adversarial.learn_from_step={self.learn_from_step} lies after start_step="
-                f"{self.start_step}: the generator would follow an untrained discriminator."
-            )
+__all__ = ["Critic"]
 
 
 class Critic:

@@ -1,63 +1,30 @@
-"""The diffusion loop: DiT-DH regresses the velocity noise - clean on normalised latents; the guide uses the same loop.
+"""The diffusion loop: DiT-DH regresses the velocity noise - clean on normalised latents.
 
-t = 0 is clean and t = 1 is noise. The draws of time, noise and dropped labels are functions of (seed, step, position in
-the global batch), so that neither a resume nor the number of workers changes them.
+The guide uses the same loop. t = 0 is clean and t = 1 is noise. The draws of time, noise and dropped labels are functions of
+(seed, step, position in the global batch), so that neither a resume nor the number of workers
+changes them.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from drorae.diffusion.interpolation import add_noise, velocity_loss
 from drorae.diffusion.noise import sample_generator, sample_noise
-from drorae.diffusion.times import TimeConfig, sample_times
-from drorae.models.dit import DiT, DiTConfig
+from drorae.diffusion.times import sample_times
+from drorae.models.dit import DiT
 from drorae.shapes import Float, Int
+from drorae.training.jobs import DiffusionStage
 from drorae.training.loop import LoopTools, TrainReport
-from drorae.training.optim import OptimConfig
 from drorae.training.state import apply_update, begin, log_step, save_if_due
 from drorae.training.world import wrap_ddp
 
-__all__ = ["DiffusionBatch", "DiffusionStage", "train_diffusion"]
+__all__ = ["DiffusionBatch", "draw_step", "train_diffusion"]
 
 NOISE_STREAM = "diffusion/noise"  # separate the draws of noise from those of times and labels
 STEP_STREAM = "diffusion/step"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DiffusionStage:
-    """What the `diffusion` and `guide` stages compute."""
-
-    model: DiTConfig
-    """The network."""
-    num_steps: int
-    """Optimiser steps. DRoRAE: 80 epochs at batch 256 = 400k; RAE: 80 epochs at batch 1024 = 100k."""
-    batch_images: int = 256
-    """Images in a global batch, over all workers. DRoRAE 256, RAE 1024."""
-    times: TimeConfig = field(default_factory=TimeConfig)
-    """Distribution of t and its shift."""
-    optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(
-            lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, schedule="constant", clip_norm=1.0
-        )
-    )
-    """Optimiser. DRoRAE section 2.2: constant 1e-4, (.9,.999), no decay; clipping from RAE."""
-    ema_decay: float = 0.9995
-    """Decay of the weight average per step. RAE."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Autocast of the forward pass. RAE recommends float32 for this stage."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        if self.num_steps < 1 or self.batch_images < 1:
-            raise ValueError(
-                f"num_steps={self.num_steps}, batch_images={self.batch_images}: expected 1 or more."
-            )
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise ValueError(f"ema_decay={self.ema_decay} is out of range: expected [0, 1).")
 
 
 class DiffusionBatch(Protocol):

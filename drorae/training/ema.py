@@ -1,7 +1,8 @@
 """Exponential moving average of the trained parameters, kept beside the module as a plain dict.
 
-Only parameters that require gradients are averaged: multiplying frozen tensors (position tables, Fourier weights) by
-decay and adding them back lets them drift by rounding, a defect of the reference implementation.
+Only parameters that require gradients are averaged: multiplying frozen tensors (position tables,
+Fourier weights) by decay and adding them back lets them drift by rounding, a defect of the
+reference implementation.
 """
 
 from collections.abc import Iterator

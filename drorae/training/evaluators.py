@@ -1,4 +1,7 @@
-"""What a tokenizer loop shows of itself: PSNR on a few held-out images, and a grid of them, with the EMA in place."""
+"""What a tokenizer loop shows of itself, with the EMA in place.
+
+PSNR on a few held-out images, and a grid of them.
+"""
 
 from collections.abc import Callable
 

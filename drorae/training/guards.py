@@ -1,8 +1,8 @@
-"""Guards of a training loop: stop before a non-finite update without a host synchronisation in every step.
+"""Guards of a training loop: stop before a non-finite update, without a host sync in every step.
 
-The flag lives on the device. Once a loss or gradient norm is not finite, the fused optimiser skips this and every later
-update (`found_inf`), so the weights stay those of the last good step; the host reads the flag where it synchronises
-anyway, at a log or save point, and raises.
+The flag lives on the device. Once a loss or gradient norm is not finite, the fused optimiser skips
+this and every later update (`found_inf`), so the weights stay those of the last good step; the host
+reads the flag where it synchronises anyway, at a log or save point, and raises.
 """
 
 import torch
@@ -22,7 +22,7 @@ class FiniteGuard:
         optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
 
     def arm(self, step: int, *values: Tensor) -> None:
-        """Call before `optimizer.step()`: skips the update on the device if a value is not finite."""
+        """Call before `optimizer.step()`: a value that is not finite skips it on the device."""
         finite = torch.stack([value.detach().float() for value in values]).isfinite().all()
         fresh = ~finite & (self._first_bad_step < 0)
         self._first_bad_step.masked_fill_(fresh, step)
@@ -37,7 +37,8 @@ class FiniteGuard:
         step = int(self._first_bad_step)
         if step >= 0:
             raise RuntimeError(
-                f"{stage}: loss or gradient norm is not finite at step {step}; the weights were not "
-                f"changed from there on. Lower optim.lr, set optim.clip_norm, or use precision=float32; then rerun "
-                f"the stage, it continues from its last checkpoint. Configuration: {canonical_json(config)}"
+                f"{stage}: loss or gradient norm is not finite at step {step}; the weights were "
+                "not changed from there on. Lower optim.lr, set optim.clip_norm, or use "
+                "precision=float32; then rerun the stage, it continues from its last checkpoint. "
+                f"Configuration: {canonical_json(config)}"
             )

@@ -1,12 +1,131 @@
-"""Configuration sections of the tokenizer stages: a network, how it is trained, and where released weights come from."""
+"""All configuration of the training stages: networks, schedules, optimisers. Imports no torch.
 
-from dataclasses import dataclass
+In one file, because a recipe names most of it at once and planning a run must not load torch; the
+functions that each class configures are in the module of its name (`optim`, `critic`, `tokenizer`,
+`diffusion`), and `drorae.training.stages` takes the `...Stage` classes.
+"""
 
-from drorae.models.decoder import DecoderConfig
-from drorae.models.fusion import FusionConfig
-from drorae.training.tokenizer import TokenizerTraining
+from dataclasses import dataclass, field
+from typing import Literal
 
-__all__ = ["DecoderStage", "FinetuneStage", "FusionStage"]
+from drorae.diffusion.time_config import TimeConfig
+from drorae.models.decoder_config import DecoderConfig
+from drorae.models.discriminator_config import DiscriminatorConfig
+from drorae.models.dit_config import DiTConfig
+from drorae.models.fusion_config import FusionConfig
+
+__all__ = [
+    "AdversarialConfig",
+    "DecoderStage",
+    "DiffusionStage",
+    "FinetuneStage",
+    "FusionStage",
+    "OptimConfig",
+    "TokenizerTraining",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-4
+    """Peak learning rate. DRoRAE, section 2.2: 1e-4 in every phase."""
+    betas: tuple[float, float] = (0.5, 0.9)
+    """AdamW betas. DRoRAE tokenizer phases (.5,.9), DiT (.9,.999); RAE (.9,.95) in both."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay. DRoRAE tokenizer phases 0.05, DiT 0; RAE 0."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """Shape after the warm-up: constant, or from `lr` down to `final_lr`."""
+    warmup_steps: int = 0
+    """Linear rise from 0, factor (step + 1) / warmup_steps. RAE decoder: one epoch."""
+    hold_steps: int = 0
+    """Steps at `lr` before the decay starts. RAE DiT: 40 epochs."""
+    final_lr: float = 0.0
+    """Learning rate at the end of the schedule. RAE: 2e-5."""
+    clip_norm: float = 0.0
+    """Largest global gradient norm; 0 switches clipping off. RAE: off for the decoder, 1.0 for the
+    DiT."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.lr <= 0:
+            raise ValueError(f"optim.lr={self.lr} is out of range: expected a positive number.")
+        if min(self.warmup_steps, self.hold_steps) < 0 or self.clip_norm < 0:
+            raise ValueError("optim.warmup_steps, hold_steps and clip_norm must be 0 or more.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdversarialConfig:
+    """Adversarial term of Eq. 6."""
+
+    weight: float = 0.0
+    """lambda_g; 0 leaves the discriminator out. RAE: 0.75 (the paper says only "adaptive")."""
+    start_step: int = 0
+    """First step whose generator loss holds the term. DRoRAE: 30,000 (decoder), 10,000 (fusion);
+    RAE: epoch 8."""
+    learn_from_step: int = 0
+    """First step in which the discriminator learns. RAE: epoch 6."""
+    discriminator: DiscriminatorConfig = field(
+        default_factory=lambda: DiscriminatorConfig(source="dino_vit_small_patch8_224.pth")
+    )
+    """The discriminator; its trunk is a file in DINO's own key names."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-4, betas=(0.9, 0.95)))
+    """Discriminator optimiser. RAE: 2e-4, (0.9, 0.95)."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.weight < 0:
+            raise ValueError(f"adversarial.weight={self.weight} is negative: expected 0 or more.")
+        if self.learn_from_step > self.start_step:
+            raise ValueError(
+                f"adversarial.learn_from_step={self.learn_from_step} lies after start_step="
+                f"{self.start_step}: the generator would follow an untrained discriminator."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerTraining:
+    """What one tokenizer phase computes."""
+
+    num_steps: int
+    """Optimiser steps. DRoRAE: 100, 100 and 20 ImageNet epochs of 5,004 steps at batch 256."""
+    batch_images: int = 256
+    """Images in a global batch, over all workers. DRoRAE section 2.2: 256."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser of the generator side."""
+    l1_weight: float = 1.0
+    """Weight of mean |reconstruction - image| in [0,1] units. Eq. 6."""
+    lpips_weight: float = 1.0
+    """Weight of LPIPS; 0 leaves it out. Eq. 6, lambda_p = 1."""
+    lpips_net: Literal["vgg", "alex"] = "vgg"
+    """Trunk of the LPIPS loss. RAE: vgg."""
+    noise_tau: float = 0.8
+    """Latent noise: sigma = tau * U(0,1) per image. RAE code (`n08`); 0 switches it off."""
+    noise_kind: Literal["uniform", "half_normal"] = "uniform"
+    """How sigma is drawn: tau * U(0,1) as RAE's code, or |N(0, tau^2)| as its text."""
+    ema_decay: float = 0.9978
+    """Decay of the weight average per step. RAE decoder."""
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    """Discriminator and its weight; off by default."""
+    hidden_states: Literal["none", "memory", "disk"] = "none"
+    """Whether the frozen encoder's hidden states are kept between steps; needs a fixed view of each
+    image."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Autocast of the forward pass; weights, losses and EMA stay float32."""
+    eval_every_steps: int = 200
+    """Steps between two evaluations of the EMA on a few held-out images."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.num_steps < 1 or self.batch_images < 1:
+            raise ValueError(
+                f"num_steps={self.num_steps}, batch_images={self.batch_images}: expected 1 or more."
+            )
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay={self.ema_decay} is out of range: expected [0, 1).")
+        if self.noise_tau < 0:
+            raise ValueError(f"noise_tau={self.noise_tau} is out of range: expected 0 or more.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +137,8 @@ class DecoderStage:
     train: TokenizerTraining
     """How it is trained; unused when `released` is given."""
     released: str = ""
-    """Path or URI of released decoder weights (any of the five layouts); empty trains from scratch."""
+    """Path or URI of released decoder weights (any of the five layouts); empty trains from
+    scratch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +153,41 @@ class FusionStage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneStage:
-    """The `finetune` and `control` stages: train a decoder on from the `decoder` stage's weights."""
+    """The `finetune` and `control` stages: train on the decoder of the `decoder` stage."""
 
     train: TokenizerTraining
     """How it is trained."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiffusionStage:
+    """What the `diffusion` and `guide` stages compute."""
+
+    model: DiTConfig
+    """The network."""
+    num_steps: int
+    """Optimiser steps. DRoRAE: 80 epochs at batch 256 = 400k; RAE: 80 epochs at batch 1024 =
+    100k."""
+    batch_images: int = 256
+    """Images in a global batch, over all workers. DRoRAE 256, RAE 1024."""
+    times: TimeConfig = field(default_factory=TimeConfig)
+    """Distribution of t and its shift."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, schedule="constant", clip_norm=1.0
+        )
+    )
+    """Optimiser. DRoRAE section 2.2: constant 1e-4, (.9,.999), no decay; clipping from RAE."""
+    ema_decay: float = 0.9995
+    """Decay of the weight average per step. RAE."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Autocast of the forward pass. RAE recommends float32 for this stage."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.num_steps < 1 or self.batch_images < 1:
+            raise ValueError(
+                f"num_steps={self.num_steps}, batch_images={self.batch_images}: expected 1 or more."
+            )
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay={self.ema_decay} is out of range: expected [0, 1).")

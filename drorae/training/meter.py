@@ -1,4 +1,4 @@
-"""What a loop reports while it runs: images per second, share of time spent waiting for data, peak memory, history."""
+"""What a loop reports of its speed: images per second, share of time waiting for data, memory."""
 
 import resource
 import time
@@ -37,7 +37,7 @@ class Meter:
         self._images += num_images
 
     def read(self) -> dict[str, float]:
-        """Rates since the last call: images per second and data-wait share; peak memory of the process."""
+        """Images per second and data-wait share since the last call; the process's peak memory."""
         elapsed_s = max(time.perf_counter() - self._start_s, 1e-9)
         rates = {
             "speed/images_per_s": self._images / elapsed_s,

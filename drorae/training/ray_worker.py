@@ -1,9 +1,10 @@
-"""The only place where training meets Ray Train: start the workers, join them, hand back what rank 0 wrote.
+"""The only place where training meets Ray Train: start workers, join them, return rank 0's result.
 
-A training stage is a function `train(ctx, world, **sections) -> StageResult` that knows no Ray. Here it is run in every
-worker of a Ray Train group. Restarts after a lost worker go through Ray's failure policy; the function then finds its own
-last checkpoint. Ray's checkpoint store is not used: a reported checkpoint is registered only at the controller's next
-poll, and one written in the second before a crash is lost (measured 2026-11-21, Ray 2.60).
+A training stage is a function `train(ctx, world, **sections) -> StageResult` that knows no Ray.
+Here it is run in every worker of a Ray Train group. Restarts after a lost worker go through Ray's
+failure policy; the function then finds its own last checkpoint. Ray's checkpoint store is not used:
+a reported checkpoint is registered only at the controller's next poll, and one written in the
+second before a crash is lost (measured 2026-11-21, Ray 2.60).
 """
 
 import os

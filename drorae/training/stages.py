@@ -1,7 +1,7 @@
-"""Entry functions of the training stages: read inputs, build modules, run the loop in Ray Train workers, write weights.
+"""Entry functions of the training stages: read inputs, build modules, run the loop, write weights.
 
-`run_*` is what the stage table names and runs in the stage's driver process; `_train_*` is what every worker runs. Neither
-loop nor module knows which of them called it.
+`run_*` is what the stage table names and runs in the stage's driver process; `_train_*` is what
+every Ray Train worker runs. Neither loop nor module knows which of them called it.
 """
 
 import json
@@ -30,15 +30,20 @@ from drorae.store import files
 from drorae.store.context import StageContext, StageResult
 from drorae.tracking import NullTracker, Tracker, connect
 from drorae.training.critic import Critic
-from drorae.training.diffusion import DiffusionBatch, DiffusionStage, train_diffusion
+from drorae.training.diffusion import DiffusionBatch, train_diffusion
 from drorae.training.ema import ema_state_dict
 from drorae.training.evaluators import Evaluator, reconstruction_evaluator
-from drorae.training.jobs import DecoderStage, FinetuneStage, FusionStage
+from drorae.training.jobs import (
+    DecoderStage,
+    DiffusionStage,
+    FinetuneStage,
+    FusionStage,
+    TokenizerTraining,
+)
 from drorae.training.loop import LoopTools, TrainReport
 from drorae.training.tokenizer import (
     TokenizerBatch,
     TokenizerPhase,
-    TokenizerTraining,
     decoder_phase,
     fusion_phase,
     train_tokenizer,
@@ -212,7 +217,7 @@ def _load_fusion(ctx: StageContext, encoder: Encoder) -> nn.Module:
 
 
 class _Tools:
-    """Context manager around a loop: tracker, checkpoints, progress; closes the tracker at the end."""
+    """Context manager around a loop: tracker, checkpoints, progress; closes the tracker."""
 
     def __init__(
         self, ctx: StageContext, world: World, evaluators: Sequence[Evaluator] = ()

@@ -1,7 +1,8 @@
 """The state of a training loop in one dataclass, and the four things that both loops do with it.
 
-What a continuation needs is all here: weights, averages, optimiser moments, the finished steps and the logged history. Data
-order, noise and the learning rate are functions of the step, so they need no state.
+What a continuation needs is all here: weights, averages, optimiser moments, the finished steps and
+the logged history. Data order, noise and the learning rate are functions of the step, so they need
+no state.
 """
 
 from collections.abc import Mapping
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 
 from drorae.training.ema import ema_init, ema_update
 from drorae.training.guards import FiniteGuard
+from drorae.training.jobs import OptimConfig
 from drorae.training.loop import LoopTools
 from drorae.training.meter import Meter
 from drorae.training.optim import (
-    OptimConfig,
     build_optimizer,
     clip_gradients,
     learning_rate,
@@ -107,7 +108,10 @@ def begin(
 
 
 def apply_update(state: TrainState, loss: Tensor) -> Tensor:
-    """Backward, clip, refuse a non-finite update, step, average. Returns the gradient norm before clipping."""
+    """Backward, clip, refuse a non-finite update, step, average.
+
+    Returns the gradient norm before clipping.
+    """
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     grad_norm = clip_gradients(state.module.parameters(), state.optim.clip_norm)
@@ -122,7 +126,7 @@ def apply_update(state: TrainState, loss: Tensor) -> Tensor:
 def log_step(
     state: TrainState, tools: LoopTools, terms: Mapping[str, Tensor], batch_images: int, job: object
 ) -> None:
-    """At a log point: one host synchronisation, the finite check, and a row for tracker and history.
+    """At a log point: one host sync, the finite check, and a row for tracker and history.
 
     Raises:
         RuntimeError: A loss or gradient since the last log point was not finite.

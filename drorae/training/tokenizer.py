@@ -1,14 +1,15 @@
-"""One loop for the three tokenizer phases; a phase is what is trained and how an image is reconstructed.
+"""One loop for the three tokenizer phases.
 
-The phases differ only in `TokenizerPhase`: `decoder_phase` trains the decoder with the fusion frozen (stages `decoder`,
-`finetune`, `control`), `fusion_phase` the fusion with the decoder frozen (arXiv 2605.10780, section 3). The loop
-knows neither Ray nor MLflow; it takes batches, and everything random in step s is a function of (seed, s, position in the
-global batch), so that a resumed run and a run on other numbers of workers see the same noise.
+They differ only in `TokenizerPhase`, what is trained and how an image is reconstructed: `decoder_phase` trains the decoder with the fusion
+frozen (stages `decoder`, `finetune`, `control`), `fusion_phase` the fusion with the decoder frozen
+(arXiv 2605.10780, section 3). The loop knows neither Ray nor MLflow; it takes batches, and
+everything random in step s is a function of (seed, s, position in the global batch), so that a
+resumed run and a run on other numbers of workers see the same noise.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,16 @@ from drorae.models.autoencoder import add_latent_noise
 from drorae.models.decoder import Decoder
 from drorae.models.fusion import FusionOutput
 from drorae.shapes import Float, Int
-from drorae.training.critic import AdversarialConfig, Critic
+from drorae.training.critic import Critic
 from drorae.training.ema import averaged
+from drorae.training.jobs import TokenizerTraining
 from drorae.training.loop import LoopTools, TrainReport
-from drorae.training.optim import OptimConfig
 from drorae.training.state import TrainState, apply_update, begin, log_step, save_if_due
 from drorae.training.world import World, wrap_ddp
 
 __all__ = [
     "TokenizerBatch",
     "TokenizerPhase",
-    "TokenizerTraining",
     "decoder_phase",
     "fusion_phase",
     "noised",
@@ -38,49 +38,6 @@ __all__ = [
 
 NOISE_STREAM = "latent/noise"  # separate the draws of latent noise from every other use of the seed
 SIGMA_STREAM = "latent/sigma"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenizerTraining:
-    """What one tokenizer phase computes."""
-
-    num_steps: int
-    """Optimiser steps. DRoRAE: 100, 100 and 20 ImageNet epochs of 5,004 steps at batch 256."""
-    batch_images: int = 256
-    """Images in a global batch, over all workers. DRoRAE section 2.2: 256."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimiser of the generator side."""
-    l1_weight: float = 1.0
-    """Weight of mean |reconstruction - image| in [0,1] units. Eq. 6."""
-    lpips_weight: float = 1.0
-    """Weight of LPIPS; 0 leaves it out. Eq. 6, lambda_p = 1."""
-    lpips_net: Literal["vgg", "alex"] = "vgg"
-    """Trunk of the LPIPS loss. RAE: vgg."""
-    noise_tau: float = 0.8
-    """Latent noise: sigma = tau * U(0,1) per image. RAE code (`n08`); 0 switches it off."""
-    noise_kind: Literal["uniform", "half_normal"] = "uniform"
-    """How sigma is drawn: tau * U(0,1) as RAE's code, or |N(0, tau^2)| as its text."""
-    ema_decay: float = 0.9978
-    """Decay of the weight average per step. RAE decoder."""
-    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
-    """Discriminator and its weight; off by default."""
-    hidden_states: Literal["none", "memory", "disk"] = "none"
-    """Whether the frozen encoder's hidden states are kept between steps; needs a fixed view of each image."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Autocast of the forward pass; weights, losses and EMA stay float32."""
-    eval_every_steps: int = 200
-    """Steps between two evaluations of the EMA on a few held-out images."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        if self.num_steps < 1 or self.batch_images < 1:
-            raise ValueError(
-                f"num_steps={self.num_steps}, batch_images={self.batch_images}: expected 1 or more."
-            )
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise ValueError(f"ema_decay={self.ema_decay} is out of range: expected [0, 1).")
-        if self.noise_tau < 0:
-            raise ValueError(f"noise_tau={self.noise_tau} is out of range: expected 0 or more.")
 
 
 class TokenizerBatch(Protocol):

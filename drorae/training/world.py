@@ -1,4 +1,7 @@
-"""Who this process is among the training workers, as a value object, and the two collectives that loops need."""
+"""Who this process is among the training workers, and what loops need to act as one.
+
+`World` is a plain value; beside it stand the gradient-averaging wrapper and the mean over ranks.
+"""
 
 from dataclasses import dataclass
 

@@ -43,7 +43,9 @@ def test_json_round_trip_rebuilds_the_same_object() -> None:
     assert from_json(Root, to_json(ROOT)) == ROOT
 
 
-@given(st.integers(), st.floats(min_value=1e-9, allow_nan=False, allow_infinity=False), st.booleans())
+@given(
+    st.integers(), st.floats(min_value=1e-9, allow_nan=False, allow_infinity=False), st.booleans()
+)
 def test_any_values_survive_the_round_trip(steps: int, lr: float, on: bool) -> None:
     root = Root(name="x", on=on, middle=Middle(steps=steps, model=Inner(lr=lr)))
     assert from_json(Root, to_json(root)) == root
@@ -124,5 +126,5 @@ def test_every_compute_field_is_documented() -> None:
 
 
 def test_compute_refuses_no_workers() -> None:
-    with pytest.raises(ValueError, match="compute.num_workers"):
+    with pytest.raises(ValueError, match=r"compute\.num_workers"):
         Compute(num_workers=0)

@@ -44,7 +44,9 @@ STAGES = [
 def drorae(workspace: Path, *words: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_API", "RAY_ADDRESS"))}
     command = [sys.executable, "-m", "pipelines.cli", *words, "--workspace", str(workspace)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=600, check=False
+    )
 
 
 def settings() -> list[str]:

@@ -57,7 +57,9 @@ class Rows:
 
 @pytest.fixture
 def make_tools() -> Callable[..., LoopTools]:
-    def make(checkpoints: MemoryCheckpoints | None = None, log: Any = None, **more: Any) -> LoopTools:
+    def make(
+        checkpoints: MemoryCheckpoints | None = None, log: Any = None, **more: Any
+    ) -> LoopTools:
         return LoopTools(
             world=World(),
             compute=Compute(log_every_steps=1),
@@ -100,7 +102,10 @@ def latent_batches() -> Callable[..., Callable[[int], Iterator[Any]]]:
             for step in range(start, num_steps):
                 ids = ids_of(step, batch, seed)
                 yield SimpleNamespace(
-                    step=step, positions=torch.arange(batch), latents=latents[ids], labels=labels[ids]
+                    step=step,
+                    positions=torch.arange(batch),
+                    latents=latents[ids],
+                    labels=labels[ids],
                 )
 
         return batches

@@ -8,8 +8,8 @@ import torch
 from conftest import MemoryCheckpoints, Rows
 
 from drorae.models.dit import DiT, DiTConfig
-from drorae.training.diffusion import DiffusionStage, draw_step, train_diffusion
-from drorae.training.optim import OptimConfig
+from drorae.training.diffusion import draw_step, train_diffusion
+from drorae.training.jobs import DiffusionStage, OptimConfig
 
 JOB = DiffusionStage(
     model=DiTConfig(

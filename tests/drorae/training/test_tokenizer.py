@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from drorae.models.decoder import Decoder, DecoderConfig
 from drorae.models.discriminator import DiscriminatorConfig, build_discriminator
 from drorae.models.fusion import FusionConfig, build_fusion
-from drorae.training.critic import AdversarialConfig, Critic
-from drorae.training.optim import OptimConfig
+from drorae.training.critic import Critic
+from drorae.training.jobs import AdversarialConfig, OptimConfig, TokenizerTraining
 from drorae.training.tokenizer import (
     TokenizerPhase,
-    TokenizerTraining,
     decoder_phase,
     fusion_phase,
     noised,
@@ -209,7 +208,9 @@ def test_noise_depends_on_the_index_not_on_the_batch() -> None:
 @pytest.mark.parametrize(("kind", "mean"), [("uniform", 0.4), ("half_normal", 0.638)])
 def test_noise_scales_follow_their_law(kind: Any, mean: float) -> None:
     job = dataclasses.replace(JOB, noise_kind=kind)
-    sigma = noised(torch.zeros(2000, 1, 64), job, 0, torch.arange(2000)).square().mean((1, 2)).sqrt()
+    sigma = (
+        noised(torch.zeros(2000, 1, 64), job, 0, torch.arange(2000)).square().mean((1, 2)).sqrt()
+    )
     # 2000 draws with standard deviation 0.23 and 0.48: the mean is known to about 0.01
     assert sigma.mean().item() == pytest.approx(mean, abs=0.03)
     if kind == "uniform":
