@@ -47,9 +47,9 @@ format: $(STAMP) ## Rewrite the sources in the house format
 types: $(STAMP) ## Type check alone
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-test: $(STAMP) ## All tests with coverage
+test: assets ## All tests with coverage
 	rm -f .coverage .coverage.*
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=$(COVERAGE)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=$(COVERAGE)
 
 test-slow: $(STAMP) ## Only the tests that start real servers
 	$(BIN)/python -m pytest -m slow

@@ -16,7 +16,7 @@ import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
     "Compute",
@@ -87,6 +87,14 @@ def _require(ok: bool, name: str, value: Any, expected: str) -> None:
         raise ValueError(f"{name}={value!r} is out of range: expected {expected}.")
 
 
+def _is_mapping(value: Any) -> TypeGuard[Mapping[Any, Any]]:
+    return isinstance(value, Mapping)
+
+
+def _is_list_or_tuple(value: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, list | tuple)
+
+
 def to_json(value: Any) -> Any:
     """Turn a configuration into dicts, lists and scalars.
 
@@ -95,9 +103,9 @@ def to_json(value: Any) -> Any:
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
+    if _is_mapping(value):
         return {str(k): to_json(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
+    if _is_list_or_tuple(value):
         return [to_json(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{value!r} cannot be stored as JSON: expected a finite number.")
@@ -162,7 +170,7 @@ def _coerce_union(kind: Any, value: Any, path: str) -> Any:
     options = get_args(kind)
     if value is None and type(None) in options:
         return None
-    problems = []
+    problems: list[str] = []
     for option in options:
         if option is type(None):
             continue
@@ -176,7 +184,7 @@ def _coerce_union(kind: Any, value: Any, path: str) -> Any:
 
 
 def _coerce_tuple(kind: Any, value: Any, path: str) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple):
+    if not _is_list_or_tuple(value):
         raise ValueError(f"{path}={value!r} has the wrong type: expected a list such as [1,2].")
     args = get_args(kind)
     if len(args) == 2 and args[1] is Ellipsis:
@@ -191,7 +199,7 @@ def _coerce_tuple(kind: Any, value: Any, path: str) -> tuple[Any, ...]:
 def _coerce_dataclass(kind: Any, value: Any, path: str) -> Any:
     if isinstance(value, kind):
         return value
-    if not isinstance(value, Mapping):
+    if not _is_mapping(value):
         raise ValueError(
             f"{path}={value!r} has the wrong type: expected the fields of {kind.__name__}."
         )
@@ -280,7 +288,7 @@ def _suggest(name: str, known: Sequence[str]) -> str:
 
 def _replace_at(config: Any, names: Sequence[str], value: Any, path: str) -> Any:
     if len(names) == 1:
-        new = _coerce(get_type_hints(type(config))[names[0]], value, path)
+        new = _coerce(get_type_hints(config.__class__)[names[0]], value, path)
     else:
         new = _replace_at(getattr(config, names[0]), names[1:], value, path)
     return dataclasses.replace(config, **{names[0]: new})
@@ -302,7 +310,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def field_docs(config: Any, prefix: str = "") -> list[FieldDoc]:
     """Every leaf with its value and the text that stands under the field in the source."""
-    docs = _docs_of(type(config))
+    docs = _docs_of(config.__class__)
     rows: list[FieldDoc] = []
     for f in dataclasses.fields(config):
         value, path = getattr(config, f.name), f"{prefix}{f.name}"

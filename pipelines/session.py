@@ -116,7 +116,8 @@ class Session:
             self._record(step, "reused", 0.0)
             return self.outcomes[name].uri
         stage = stages.find_stage(name, stages.STAGES)
-        with self._slots.take(stages.chain_length(name, stages.STAGES)):
+        position = [stage.name for stage in stages.STAGES].index(name)
+        with self._slots.take(stages.chain_length(name, stages.STAGES), position):
             if self._stop.is_set():
                 raise Stopped(f"stage {name} was not started; the next run does it.")
             started_s = time.monotonic()

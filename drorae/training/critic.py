@@ -68,7 +68,7 @@ class Critic:
         self,
         reconstruction_loss: Float[Tensor, ""],
         recon: Float[Tensor, "batch 3 height width"],
-        last_layer: nn.Parameter,
+        last_layer: Tensor,
         step: int,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Loss whose gradient is that of R + lambda_g * w * L_g, at the cost of one backward each.

@@ -1,8 +1,9 @@
 """The diffusion loop: DiT-DH regresses the velocity noise - clean on normalised latents.
 
-The guide uses the same loop. t = 0 is clean and t = 1 is noise. The draws of time, noise and dropped labels are functions of
-(seed, step, position in the global batch), so that neither a resume nor the number of workers
-changes them.
+The guide uses the same loop. t = 0 is clean and t = 1 is noise. The draws of time, noise and
+dropped labels are functions of (seed, step, position in the global batch), so that neither a resume
+nor the number of workers changes them. The configuration, `DiffusionStage`, is in
+`drorae.training.jobs`.
 """
 
 from collections.abc import Callable, Iterator

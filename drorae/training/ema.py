@@ -28,7 +28,8 @@ def ema_update(average: dict[str, Tensor], module: nn.Module, decay: float) -> N
     """Average <- decay * average + (1 - decay) * parameter, in place, one fused call."""
     parameters = _trained(module)
     current = [parameters[name].detach().float() for name in average]
-    torch._foreach_lerp_(list(average.values()), current, 1.0 - decay)
+    # torch 2.15 has no public name for the fused form.
+    torch._foreach_lerp_(list(average.values()), current, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def ema_state_dict(average: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from typing import Any
 import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from drorae.config import from_json, to_json
 from drorae.data.ray_session import connect_ray
@@ -87,7 +87,7 @@ def _worker(config: dict[str, Any]) -> None:
     world = World(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
-        device=ray.train.torch.get_device(),
+        device=get_device(),
     )
     try:
         result = train(ctx, world, **config["sections"])

@@ -1,10 +1,11 @@
 """One loop for the three tokenizer phases.
 
-They differ only in `TokenizerPhase`, what is trained and how an image is reconstructed: `decoder_phase` trains the decoder with the fusion
-frozen (stages `decoder`, `finetune`, `control`), `fusion_phase` the fusion with the decoder frozen
-(arXiv 2605.10780, section 3). The loop knows neither Ray nor MLflow; it takes batches, and
-everything random in step s is a function of (seed, s, position in the global batch), so that a
-resumed run and a run on other numbers of workers see the same noise.
+They differ only in `TokenizerPhase`: what is trained and how an image is reconstructed.
+`decoder_phase` trains the decoder with the fusion frozen (stages `decoder`, `finetune`, `control`),
+`fusion_phase` the fusion with the decoder frozen (arXiv 2605.10780, section 3). The loop knows
+neither Ray nor MLflow; it takes batches, and everything random in step s is a function of (seed, s,
+position in the global batch), so that a resumed run and a run on other numbers of workers see the
+same noise. The configuration, `TokenizerTraining`, is in `drorae.training.jobs`.
 """
 
 from collections.abc import Callable, Iterator
@@ -75,7 +76,7 @@ class TokenizerPhase:
     """Hidden states to latent tokens."""
     decode: Callable[[Tensor], Tensor]
     """Latent tokens to images in [0,1] units."""
-    last_layer: nn.Parameter
+    last_layer: Tensor
     """Decoder's last weight; the adaptive GAN weight is a ratio of gradients there (Eq. 6)."""
 
 

@@ -96,8 +96,8 @@ def test_values_are_json_or_else_text(assignment: str, value: object) -> None:
 
 
 def test_unknown_and_missing_fields_are_named() -> None:
-    with pytest.raises(ValueError, match=r"Root.nam is no field.*name"):
-        from_json(Root, {"nam": "x"})
+    with pytest.raises(ValueError, match=r"Root\.names is no field.*name"):
+        from_json(Root, {"names": "x"})
     with pytest.raises(ValueError, match="lacks the field 'name'"):
         from_json(Root, {})
 

@@ -39,3 +39,18 @@ def test_the_longest_chain_is_served_first() -> None:
     for thread in threads:
         thread.join()
     assert order == [3, 2, 1]
+
+
+def test_of_two_equal_chains_the_earlier_in_the_table_goes_first() -> None:
+    slots, order = Slots(1), []
+
+    def work(position: int) -> None:
+        with slots.take(2, position):
+            order.append(position)
+
+    threads = [threading.Thread(target=work, args=(position,)) for position in (7, 6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert order == [6, 7]

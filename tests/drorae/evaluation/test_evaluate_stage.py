@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import build_tiny_features, output_of
+from evaluation_fakes import build_tiny_features, output_of
 from PIL import Image
 
 from drorae.config import from_json, to_json

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MemoryCheckpoints, Rows
+from loop_fakes import MemoryCheckpoints, Rows
 
 from drorae.models.dit import DiT, DiTConfig
 from drorae.training.diffusion import draw_step, train_diffusion

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DIM, LAYERS, TOKENS, MemoryCheckpoints, Rows
+from loop_fakes import DIM, LAYERS, TOKENS, MemoryCheckpoints, Rows
 from torch import Tensor, nn
 
 from drorae.models.decoder import Decoder, DecoderConfig
