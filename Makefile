@@ -13,7 +13,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup assets demo lint format types test test-slow bench up down status docs check clean
+.PHONY: help setup assets demo lint format types test test-slow up down status docs check clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'\t' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -53,9 +53,6 @@ test: assets ## All tests with coverage
 
 test-slow: $(STAMP) ## Only the tests that start real servers
 	$(BIN)/python -m pytest -m slow
-
-bench: $(STAMP) ## Benchmarks; results are printed, not kept
-	$(BIN)/python -m pytest tests/benchmarks -m "slow or not slow" --no-header -q -s
 
 up: $(STAMP) ## Start Prefect, MLflow and Ray on this machine, and register the deployments
 	$(BIN)/python infra/local/services.py up

@@ -10,6 +10,7 @@ import fcntl
 import logging
 import os
 import socket
+import subprocess
 import sys
 import time
 import tomllib
@@ -74,18 +75,21 @@ def is_healthy(url: str, timeout_s: float = 2.0) -> bool:
 
 
 @contextmanager
-def prefect_api(root: Path) -> Iterator[None]:
+def prefect_api(root: Path) -> Iterator[subprocess.Popen | None]:
     """Point Prefect at a server for the time of a run; enter before importing Prefect.
 
     The server is only started here: call `wait_until_ready` before the first request.
 
     Args:
         root: Local folder of the workspace, for a private server's database and log.
+
+    Yields:
+        The private server's process; None for the configured server.
     """
     url = configured_url(dict(os.environ), Path.cwd())
     if url and is_healthy(url):
         os.environ.update(QUIET | {"PREFECT_API_URL": url})
-        yield
+        yield None
         return
     if url:
         log.warning("the Prefect server at %s does not answer; this run uses one of its own.", url)
@@ -103,11 +107,14 @@ def prefect_api(root: Path) -> Iterator[None]:
         command += ["--port", str(port), "--log-level", "error", "--lifespan", "on"]
         process = children.spawn(command, log_path=home / "server.log", env={})
         stack.callback(children.stop, process, 5.0)
-        yield
+        yield process
 
 
-def wait_until_ready() -> None:
+def wait_until_ready(process: subprocess.Popen | None = None) -> None:
     """Wait until the server that `prefect_api` chose answers.
+
+    Args:
+        process: The private server's process; its end ends the waiting.
 
     Raises:
         RuntimeError: If it does not.
@@ -115,6 +122,11 @@ def wait_until_ready() -> None:
     url = os.environ["PREFECT_API_URL"]
     deadline = time.monotonic() + START_TIMEOUT_S
     while not is_healthy(url):
+        if process is not None and process.poll() is not None:
+            raise RuntimeError(
+                f"the private Prefect server ended with exit code {process.returncode} before it "
+                "answered; see prefect/*/server.log in the workspace."
+            )
         if time.monotonic() > deadline:
             raise RuntimeError(
                 f"the Prefect server at {url} did not start in {START_TIMEOUT_S:.0f} s; "

@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import subprocess
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from pipelines.display import choose_display, format_duration
 from pipelines.launch import StageFailed
 from pipelines.plan import Request, RunPlan, make_plan
 from pipelines.prefect_api import prefect_api, wait_until_ready
+from pipelines.preflight import check_machine
 from pipelines.quality import QualityTable, quality_tables
 from pipelines.session import CONTROLS, Controls, local_root
 
@@ -35,6 +37,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         return 0
     workspace = Workspace(request.workspace)
     workspace.check()
+    check_machine(plan, local_root(workspace))
     _announce(plan, console)
     return _run_flow(plan, options, workspace, console)
 
@@ -58,8 +61,8 @@ def _run_flow(
     controls = Controls(display=choose_display(console), stop=threading.Event())
     token = CONTROLS.set(controls)
     try:
-        with _stop_on_signals(controls.stop), prefect_api(local_root(workspace)):
-            _call_flow(plan.request, options)
+        with _stop_on_signals(controls.stop), prefect_api(local_root(workspace)) as server:
+            _call_flow(plan.request, options, server)
     except StageFailed as error:
         _say(f"error: {error}")
         return EXIT_FAILED_STAGE
@@ -81,13 +84,15 @@ def _say(text: str) -> None:
     Console(stderr=True).print(f"drorae: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _call_flow(request: Request, options: argparse.Namespace) -> None:
+def _call_flow(
+    request: Request, options: argparse.Namespace, server: subprocess.Popen | None
+) -> None:
     # Prefect takes seconds to import and reads its settings then, so it comes after `prefect_api`.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from pipelines.graph import drorae
 
-        wait_until_ready()
+        wait_until_ready(server)
         drorae(
             recipe=request.recipe,
             overrides=list(request.overrides),

@@ -149,7 +149,11 @@ class Session:
             raise
         except StageFailed as failure:
             self._runs.finish_stage(stage.name, "FAILED")
-            self._display.note(f"{stage.name}: {failure.error.type}: {failure.error.message}")
+            # A user's error ends the run, whose last line tells it; others are tried again.
+            told = (
+                f"see {failure.log_path}" if failure.error.is_user_error else failure.error.message
+            )
+            self._display.note(f"{stage.name}: failed: {told}")
             raise
         self._runs.finish_stage(stage.name, "FINISHED")
         return result.outcome

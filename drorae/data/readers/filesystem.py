@@ -5,13 +5,14 @@ Object stores go through fsspec; endpoint and keys come from the usual AWS_* var
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
 
 from drorae.store import s3
-from drorae.store.errors import is_s3
+from drorae.store.errors import clear_errors, is_s3
 
 
 def is_remote(uri: str) -> bool:
@@ -19,26 +20,52 @@ def is_remote(uri: str) -> bool:
     return "://" in uri
 
 
+def store_errors(uri: str) -> AbstractContextManager[None]:
+    """Tell failures of an object store as such, never as a fault of the image being read.
+
+    A refused key or a lost connection becomes a RuntimeError that ends the stage; local errors pass
+    as they are.
+    """
+    return clear_errors(uri) if is_s3(uri) else nullcontext()
+
+
 def open_file(uri: str) -> Any:
     """Open a local or remote file for random reading.
 
     Raises:
         FileNotFoundError: Nothing lies there.
+        RuntimeError: The object store refused or did not answer.
     """
     if is_remote(uri):
         file_system, path = _remote(uri)
-        return file_system.open(path, "rb")
+        with store_errors(uri):
+            return file_system.open(path, "rb")
     return Path(uri).open("rb")
 
 
-def read_range(file: BinaryIO, offset: int, size_bytes: int) -> bytes:
-    """Read exactly `size_bytes` at an offset.
+def check_exists(uri: str) -> None:
+    """Raise a clear error unless a local file or folder is there; remote places are not asked.
+
+    Raises:
+        FileNotFoundError: Nothing lies there.
+    """
+    if not is_remote(uri) and not os.path.exists(uri):
+        raise FileNotFoundError(
+            f"source {uri!r} does not exist: expected a folder, .tar, .zip or .parquet file, "
+            "s3:// place or asset:NAME. Correct shard.source."
+        )
+
+
+def read_range(file: BinaryIO, offset: int, size_bytes: int, uri: str) -> bytes:
+    """Read exactly `size_bytes` at an offset of the open file of an address.
 
     Raises:
         OSError: The file ends before.
+        RuntimeError: The object store refused or did not answer.
     """
-    file.seek(offset)
-    data = file.read(size_bytes)
+    with store_errors(uri):
+        file.seek(offset)
+        data = file.read(size_bytes)
     if len(data) != size_bytes:
         raise OSError(f"file ends {size_bytes - len(data)} bytes early")
     return data
@@ -52,14 +79,17 @@ def walk(uri: str) -> tuple[list[str], list[tuple[str, str]]]:
 
     Raises:
         FileNotFoundError: The folder does not exist.
+        ValueError: It is a file.
+        RuntimeError: The object store refused or did not answer.
     """
     if is_remote(uri):
         return _walk_remote(uri), []
     root = Path(uri)
+    check_exists(uri)
     if not root.is_dir():
-        raise FileNotFoundError(
-            f"source {uri!r} does not exist: expected a folder, .tar, .zip or .parquet file, "
-            "s3:// place or asset:NAME. Correct shard.source."
+        raise ValueError(
+            f"source {uri!r} is a file of no known kind: expected a folder, .tar, .zip or .parquet "
+            "file. Correct shard.source."
         )
     names: list[str] = []
     rejects: list[tuple[str, str]] = []
@@ -107,7 +137,8 @@ def _remote(uri: str) -> tuple[Any, str]:
 def _walk_remote(uri: str) -> list[str]:
     file_system, root = _remote(uri)
     root = root.rstrip("/")
-    paths = [path for path in file_system.find(root) if not path.endswith("/")]
+    with store_errors(uri):
+        paths = [path for path in file_system.find(root) if not path.endswith("/")]
     if not paths:
         raise FileNotFoundError(
             f"source {uri!r} does not exist or is empty: expected objects under that prefix. "

@@ -13,7 +13,7 @@ from drorae.data.readers.candidates import (
     is_image_name,
     printable,
 )
-from drorae.data.readers.filesystem import open_file
+from drorae.data.readers.filesystem import open_file, store_errors
 
 
 def list_folder(uri: str, names: Sequence[str], rejects: list[tuple[str, str]]) -> Listing:
@@ -48,7 +48,9 @@ def read_files(candidates: Sequence[Candidate]) -> Iterator[Record]:
     """Read whole files; a file that cannot be read gives a record with an error."""
     for candidate in candidates:
         try:
-            with open_file(candidate.container) as file:
-                yield Record(candidate, file.read())
+            with store_errors(candidate.container), open_file(candidate.container) as file:
+                data = file.read()
         except OSError as error:
             yield Record(candidate, None, f"cannot be read: {error.strerror or error}")
+        else:
+            yield Record(candidate, data)

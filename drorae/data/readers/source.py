@@ -13,7 +13,7 @@ from drorae.data.readers.candidates import (
     sort_class_names,
 )
 from drorae.data.readers.cifar import list_cifar, read_cifar
-from drorae.data.readers.filesystem import open_file, walk
+from drorae.data.readers.filesystem import check_exists, walk
 from drorae.data.readers.folder import list_folder, read_files
 from drorae.data.readers.parquet import list_parquet, read_parquet
 from drorae.data.readers.tar import list_tar, read_tar
@@ -57,6 +57,19 @@ def list_source(uri: str, *, image_column: str = "image", label_column: str = "l
     return _complete(listing)
 
 
+def check_source(uri: str) -> None:
+    """Raise at once what can be known of a source without listing it: a missing asset or path.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        ValueError: An unknown asset.
+    """
+    if uri.startswith(ASSET_SCHEME):
+        asset_path(uri.removeprefix(ASSET_SCHEME))
+    else:
+        check_exists(uri)
+
+
 def read_records(candidates: Sequence[Candidate]) -> Iterator[Record]:
     """Content of candidates, in their order; neighbours of one container are read together."""
     start = 0
@@ -71,8 +84,7 @@ def _list_any(uri: str, image_column: str, label_column: str) -> Listing:
         return list_cifar(str(asset_path(uri.removeprefix(ASSET_SCHEME))))
     suffix = _container_suffix(uri)
     if suffix:
-        with open_file(uri):  # a missing file is told by its own name
-            pass
+        check_exists(uri)
         return _list_containers(uri.rpartition("/")[0], [uri], image_column, label_column)
     names, rejects = walk(uri)
     containers = [name for name in names if _container_suffix(name)]

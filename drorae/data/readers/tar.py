@@ -105,6 +105,8 @@ def read_tar(candidates: Sequence[Candidate]) -> Iterator[Record]:
 def _read_members(file: BinaryIO, members: Sequence[Candidate]) -> Iterator[Record]:
     for candidate in members:
         try:
-            yield Record(candidate, read_range(file, candidate.index, candidate.size_bytes))
+            data = read_range(file, candidate.index, candidate.size_bytes, candidate.container)
         except OSError as error:
             yield Record(candidate, None, f"truncated archive: {error}")
+        else:
+            yield Record(candidate, data)
