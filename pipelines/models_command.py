@@ -18,6 +18,7 @@ def reconstruct(options: argparse.Namespace, console: Console) -> int:
     missing = [path for path in options.images if not Path(path).is_file()]
     if missing:
         raise FileNotFoundError(f"image {missing[0]} does not exist; expected an image file.")
+    _check_out(options.out)
     outputs = _outputs(make_plan(options.request), TOKENIZER_STAGES)
 
     from drorae.evaluation.grids import png_bytes  # torch takes seconds to import
@@ -29,8 +30,14 @@ def reconstruct(options: argparse.Namespace, console: Console) -> int:
 
 def sample(options: argparse.Namespace, console: Console) -> int:
     """Write generated images of one class."""
+    _check_out(options.out)
     plan = make_plan(options.request)
     outputs = _outputs(plan, TOKENIZER_STAGES + GENERATOR_STAGES)
+    num_classes = plan.full.diffusion.model.num_classes
+    if not 0 <= options.label < num_classes:
+        raise ValueError(
+            f"--class {options.label} is out of range: expected 0 to {num_classes - 1}."
+        )
 
     from drorae.evaluation.grids import image_grid, png_bytes, to_hwc
     from drorae.evaluation.inference import load_generator, load_tokenizer, sample_images
@@ -60,6 +67,14 @@ def _outputs(plan: RunPlan, names: tuple[str, ...]) -> dict[str, StageOutput]:
             "`drorae run` with the same options builds them."
         )
     return {name: output for name, output in found.items() if output is not None}
+
+
+def _check_out(path: str) -> None:
+    """Refuse a place that cannot be written before the networks are loaded."""
+    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+        raise ValueError(
+            f"--out {path} cannot be written: expected a file name in a folder that exists."
+        )
 
 
 def _write(path: str, content: bytes, console: Console) -> int:

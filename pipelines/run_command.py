@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from pipelines.session import CONTROLS, Controls, local_root
 
 EXIT_FAILED_STAGE = 1
 EXIT_INTERRUPTED = 130
+SAME_SIGNAL_S = 1.0
+"""`timeout` and shells signal a process and then its group: a signal so soon is no second wish."""
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
@@ -109,12 +112,16 @@ def _call_flow(
 @contextmanager
 def _stop_on_signals(stop: threading.Event) -> Iterator[None]:
     """End the stage jobs at the first Ctrl-C or SIGTERM, and this process at the second."""
+    first_s = 0.0
 
     def handle(number: int, _frame: object) -> None:
-        if stop.is_set():
+        nonlocal first_s
+        if not stop.is_set():
+            first_s = time.monotonic()
+            stop.set()
+        elif time.monotonic() - first_s > SAME_SIGNAL_S:
             # The children notice that we are gone and end themselves.
             os._exit(128 + number)
-        stop.set()
 
     before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
     try:

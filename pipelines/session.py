@@ -150,9 +150,8 @@ class Session:
         except StageFailed as failure:
             self._runs.finish_stage(stage.name, "FAILED")
             # A user's error ends the run, whose last line tells it; others are tried again.
-            told = (
-                f"see {failure.log_path}" if failure.error.is_user_error else failure.error.message
-            )
+            error = failure.error
+            told = f"see {failure.log_path}" if error.is_user_error else error.message
             self._display.note(f"{stage.name}: failed: {told}")
             raise
         self._runs.finish_stage(stage.name, "FINISHED")

@@ -65,7 +65,7 @@ class DiT(nn.Module):
         self.activation_checkpointing = False
         width, out_width = config.widths[0], config.widths[-1]
         self.t_embedder = TimeEmbedding(width)
-        self.y_embedder = LabelEmbedding(config.num_label_rows, width)
+        self.y_embedder = LabelEmbedding(config.num_label_rows, width, config.label_init_std)
         self.x_embedder = PatchEmbedding(config.in_channels, out_width, config.patches[-1])
         self.final_layer = self._build_final_layer(-1)
         if config.has_head:

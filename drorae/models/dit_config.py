@@ -54,6 +54,9 @@ class DiTConfig:
     """Accepted for released configurations only: must be false."""
     use_pos_embed: bool = True
     """Add the fixed sin-cos table to the trunk's tokens."""
+    label_init_std: float = 0.02
+    """Standard deviation of a fresh label table. RAE: 0.02, with which classes take tens of
+    thousands of steps to matter; short schedules want about 1."""
     base_head_after: int | None = None
     """Trunk block after which a second, weaker output is taken for internal guidance (RAEv2: 8);
     none: no such output."""

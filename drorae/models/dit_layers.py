@@ -133,12 +133,13 @@ class LabelEmbedding(nn.Module):
     Args:
         num_rows: Classes, plus one if labels are dropped.
         width: Channels of the embedding.
+        init_std: Standard deviation of the fresh vectors.
     """
 
-    def __init__(self, num_rows: int, width: int) -> None:
+    def __init__(self, num_rows: int, width: int, init_std: float = EMBEDDING_STD) -> None:
         super().__init__()
         self.embedding_table = nn.Embedding(num_rows, width)
-        nn.init.normal_(self.embedding_table.weight, std=EMBEDDING_STD)
+        nn.init.normal_(self.embedding_table.weight, std=init_std)
 
     def forward(self, labels: Int[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
         """Look the labels up."""

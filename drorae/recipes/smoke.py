@@ -27,8 +27,8 @@ def smoke() -> FullJob:
     """Every stage for real, small enough for a laptop.
 
     Command: `make demo`, or `drorae run --recipe smoke`.
-    Data: 2,000 training and 500 held-out CIFAR-10 photos of 32 px, shown to the encoder at 112 px.
-    Encoder: DINOv2 ViT-S/14 fine-tuned for saliency (asset `dinov2-s-saliency`), 12 layers, 4 x 4
+    Data: 2,000 training and 400 held-out CIFAR-10 photos of 32 px, shown to the encoder at 112 px.
+    Encoder: DINOv2 ViT-S/14 fine-tuned for saliency (asset `dinov2-s-saliency`), 12 layers, 8 x 8
     tokens.
     """
     return FullJob(
@@ -38,7 +38,7 @@ def smoke() -> FullJob:
             source="asset:cifar10",
             resolution_px=32,
             max_train_images=2000,
-            max_val_images=500,
+            max_val_images=400,
             rows_per_shard=500,
         ),
         encoder=EncoderConfig(
@@ -61,10 +61,10 @@ def smoke() -> FullJob:
         ),
         finetune=FinetuneStage(train=_tokenizer(num_steps=160, lr=1e-3)),
         latents=LatentJob(),
-        diffusion=_diffusion(depth=(4, 1), num_steps=220),
-        guide=_diffusion(depth=(1, 1), num_steps=60),
+        diffusion=_diffusion(depth=(4, 1), num_steps=450),
+        guide=_diffusion(depth=(1, 1), num_steps=90),
         evaluate=EvaluateJob(
-            num_val_images=500,
+            num_val_images=400,
             num_samples=160,
             num_grid_points=11,
             feature_px=64,
@@ -105,17 +105,19 @@ def _diffusion(depth: tuple[int, int], num_steps: int) -> DiffusionStage:
             depth=depth,
             num_heads=(3, 6),
             num_classes=10,
+            mlp_ratio=2.0,
+            label_init_std=1.0,
         ),
         num_steps=num_steps,
-        batch_images=24,
+        batch_images=16,
         times=TimeConfig(),
         optim=OptimConfig(
-            lr=1e-3,
+            lr=2e-3,
             betas=(0.9, 0.95),
             weight_decay=0.0,
             schedule="cosine",
             warmup_steps=20,
-            final_lr=1e-4,
+            final_lr=2e-4,
             clip_norm=1.0,
         ),
         ema_decay=0.98,

@@ -172,7 +172,13 @@ class Workspace:
         return StageOutput(uri=uri, manifest=manifest)
 
     def outputs(self) -> list[Manifest]:
-        """Manifests of all committed outputs, by stage and time; unreadable ones are logged."""
+        """Manifests of all committed outputs, by stage and time; unreadable ones are logged.
+
+        Raises:
+            FileNotFoundError: If the bucket does not exist; a folder that does not is empty.
+        """
+        if errors.is_s3(self.uri):
+            s3.check_bucket(self.uri)
         found = []
         for stage in files.list_folders(join(self.uri, "stages")):
             for key in files.list_folders(join(self.uri, "stages", stage)):

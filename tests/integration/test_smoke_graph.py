@@ -45,7 +45,7 @@ def drorae(workspace: Path, *words: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_API", "RAY_ADDRESS"))}
     command = [sys.executable, "-m", "pipelines.cli", *words, "--workspace", str(workspace)]
     return subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=600, check=False
+        command, env=env, capture_output=True, text=True, timeout=1500, check=False
     )
 
 
@@ -70,7 +70,7 @@ def manifests(workspace: Path) -> dict[str, dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_every_stage_commits_an_output_with_its_provenance(workspace: Path) -> None:
     found = manifests(workspace)
     assert sorted(found) == sorted(STAGES)
@@ -87,7 +87,7 @@ def test_every_stage_commits_an_output_with_its_provenance(workspace: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_same_command_again_reuses_every_stage(workspace: Path) -> None:
     again = drorae(workspace, "run", "--recipe", "smoke", *settings())
     assert again.returncode == 0, again.stderr
@@ -95,7 +95,7 @@ def test_the_same_command_again_reuses_every_stage(workspace: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_change_of_the_fusion_leaves_what_does_not_depend_on_it(workspace: Path) -> None:
     changed = [*settings(), "--set", "fusion.expert_hidden=12", "--json"]
     plan = drorae(workspace, "plan", "--recipe", "smoke", *changed)
@@ -106,7 +106,7 @@ def test_a_change_of_the_fusion_leaves_what_does_not_depend_on_it(workspace: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_mlflow_has_one_parent_and_a_run_a_stage_with_steps_and_images(workspace: Path) -> None:
     from mlflow import MlflowClient
 
@@ -126,7 +126,7 @@ def run_id(workspace: Path, stage: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_photos_and_classes_become_pictures(workspace: Path, tmp_path: Path) -> None:
     from PIL import Image
 
@@ -144,7 +144,7 @@ def test_photos_and_classes_become_pictures(workspace: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_flipped_byte_is_named(workspace: Path) -> None:
     path = next(workspace.glob("stages/fusion/*/fusion.safetensors"))
     good = path.read_bytes()

@@ -159,6 +159,8 @@ def test_local_copy_is_cached_and_verified(s3_uri, tmp_path, monkeypatch):
 def test_missing_bucket_is_one_clear_error(s3_environment):
     with pytest.raises(FileNotFoundError, match=r"bucket 'no-such-bucket' .* does not exist"):
         Workspace("s3://no-such-bucket/x").check()
+    with pytest.raises(FileNotFoundError, match=r"bucket 'no-such-bucket' .* does not exist"):
+        Workspace("s3://no-such-bucket/x").outputs()
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ def test_everything_reused_ends_with_the_table_and_the_report(
         (["plan", "--recipe", "fake", "--only", "x"], "unknown stage 'x'"),
         (["report", "--recipe", "fake"], "the report of recipe fake is missing"),
         (["reconstruct", "nothing.jpg", "--recipe", "fake"], "nothing.jpg does not exist"),
+        (["reconstruct", __file__, "--recipe", "fake", "--out", "/no/a.png"], "cannot be written"),
+        (["sample", "--class", "0", "--recipe", "fake", "--out", "/no/a.png"], "cannot be written"),
     ],
 )
 def test_a_users_error_is_one_line_and_exit_code_2(

@@ -91,3 +91,11 @@ def test_a_failed_stage_is_exit_code_1_and_one_line(
     captured = capsys.readouterr()
     assert "drorae: error: stage a failed: planned failure of a (log: " in captured.err
     assert "Traceback" not in captured.err + captured.out
+
+
+def test_a_users_error_is_told_once(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", "--recipe", "fake", "--set", "a.fail_attempts=9"]
+    arguments += ["--set", "a.user_error=true", "--workspace", str(workspace)]
+    assert cli.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert (captured.err + captured.out).count("planned failure of a") == 1

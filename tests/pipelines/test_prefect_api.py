@@ -1,5 +1,7 @@
 import http.server
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,3 +78,11 @@ def test_a_server_that_never_answers_is_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(prefect_api, "START_TIMEOUT_S", 0.0)
     with pytest.raises(RuntimeError, match="did not start"):
         prefect_api.wait_until_ready()
+
+
+def test_a_private_server_that_ended_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    process.wait()
+    with pytest.raises(RuntimeError, match="ended with exit code 3"):
+        prefect_api.wait_until_ready(process)

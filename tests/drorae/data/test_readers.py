@@ -14,6 +14,7 @@ from drorae.data.assets.substitutes import write_sheets
 from drorae.data.readers.candidates import Candidate
 from drorae.data.readers.cifar import list_cifar
 from drorae.data.readers.source import list_source, read_records
+from drorae.store import s3
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -92,8 +93,25 @@ def test_unreadable_file_gives_a_record_with_an_error(tmp_path: Path):
 def test_missing_source_names_what_is_expected(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"does not exist: expected a folder, .tar"):
         list_source(str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"does not exist: expected a folder, .tar"):
         list_source(str(tmp_path / "nowhere.tar"))
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ValueError, match="is a file of no known kind"):
+        list_source(str(tmp_path / "notes.txt"))
+
+
+@pytest.mark.parametrize("kind", ["file", "tar", "zip", "parquet"])
+def test_a_store_that_fails_ends_the_stage_instead_of_rejecting_images(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    class Refusing:
+        def open(self, path: str, mode: str) -> None:
+            raise PermissionError("Forbidden")
+
+    monkeypatch.setattr(s3, "filesystem", Refusing)
+    there = Candidate("a.png", "cat", "", kind, "s3://bucket/a", size_bytes=9)
+    with pytest.raises(RuntimeError, match="s3://bucket/a"):
+        list(read_records([there]))
 
 
 def test_source_without_images_is_an_error(tmp_path: Path):

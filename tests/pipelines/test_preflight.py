@@ -1,0 +1,93 @@
+import dataclasses
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from drorae import recipes
+from pipelines import cli
+from pipelines.plan import Request, RunPlan, make_plan
+from pipelines.preflight import check_machine
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRORAE_ASSETS", str(tmp_path / "assets"))
+    monkeypatch.delenv("DRORAE_RAY_ADDRESS", raising=False)
+
+
+def planned(root: Path, source: str, only: str | None = None) -> RunPlan:
+    assert "smoke" in recipes.names()
+    overrides = (f"shard.source={source}", "shard.val_fraction=0.2")
+    workspace = str(root / "workspace")
+    return make_plan(Request(overrides=overrides, workspace=workspace, only=only))
+
+
+def test_a_missing_source_is_told_before_services_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace = tmp_path / "workspace"
+    arguments = ["run", "--set", f"shard.source={tmp_path}/gone", "--only", "shard"]
+    assert cli.main([*arguments, "--workspace", str(workspace)]) == 2
+    assert "gone' does not exist: expected a folder" in capsys.readouterr().err
+    assert not (workspace / "prefect").exists()
+
+
+def test_the_asset_of_a_late_stage_is_asked_for_first(tmp_path: Path, photos: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="Run: drorae assets fetch smoke"):
+        check_machine(planned(tmp_path, str(photos)), tmp_path)
+
+
+def test_only_stages_that_run_are_asked_about(tmp_path: Path, photos: Path) -> None:
+    check_machine(planned(tmp_path, str(photos), only="shard"), tmp_path)
+
+
+def test_every_asset_of_the_recipe_is_asked_for(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("drorae.data.readers.source.check_source", asked.append)
+    check_machine(planned(tmp_path, str(photos)), tmp_path)
+    names = ("dinov2-s-saliency", "efficientnet-lite0", "lpips-alex")
+    assert asked == [str(photos), *(f"asset:{name}" for name in names)]
+
+
+def test_without_a_perceptual_loss_its_network_is_not_needed(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("drorae.data.readers.source.check_source", asked.append)
+    plan = planned(tmp_path, str(photos))
+    steps = tuple(
+        dataclasses.replace(step, selected=step.stage == "decoder") for step in plan.steps
+    )
+    full = dataclasses.replace(
+        plan.full,
+        decoder=dataclasses.replace(
+            plan.full.decoder,
+            train=dataclasses.replace(plan.full.decoder.train, lpips_weight=0.0),
+        ),
+    )
+    check_machine(dataclasses.replace(plan, full=full, steps=steps), tmp_path)
+    assert "asset:lpips-alex" not in asked
+
+
+def test_a_cluster_has_assets_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRORAE_RAY_ADDRESS", "http://head:8265")
+    check_machine(planned(tmp_path, str(tmp_path / "gone")), tmp_path)
+
+
+def test_a_full_disk_is_told_before_services_start(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+    with pytest.raises(RuntimeError, match=r"no space left for .*: 1\.0 MB free, expected"):
+        check_machine(planned(tmp_path, str(photos), only="shard"), tmp_path)
