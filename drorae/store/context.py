@@ -57,6 +57,7 @@ class StageContext:
     attempt: int = 1
     """Which attempt this is, from 1."""
     _progress_start: tuple[float, float] | None = field(default=None, init=False, repr=False)
+    _progress_unit: str = field(default="", init=False, repr=False)
     _progress_written_s: float = field(default=float("-inf"), init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -96,7 +97,8 @@ class StageContext:
     def progress(self, done: int | float, total: int | float, unit: str, **extra: Any) -> None:
         """Tell how far the stage is; at most one small write every 2 seconds, and one at the end.
 
-        The rate counts from the first call, so a resumed stage shows its present speed. A store
+        The rate counts from the first call with this unit, so a resumed stage, or one that
+        encodes before it trains, shows its present speed. A store
         that cannot be written is logged and does not stop the stage.
 
         Args:
@@ -106,8 +108,8 @@ class StageContext:
             extra: `message` for people; further fields are stored as they are (JSON scalars).
         """
         now_s = time.monotonic()
-        if self._progress_start is None:
-            self._progress_start = (now_s, done)
+        if self._progress_start is None or unit != self._progress_unit:
+            self._progress_start, self._progress_unit = (now_s, done), unit
         if done < total and now_s - self._progress_written_s < PROGRESS_EVERY_S:
             return
         self._progress_written_s = now_s
