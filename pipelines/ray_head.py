@@ -21,7 +21,7 @@ from pathlib import Path
 from pipelines import children
 
 OBJECT_STORE_BYTES = 300 << 20
-LOGICAL_CPUS_AT_LEAST = 16
+LOGICAL_CPUS_AT_LEAST = 8
 START_TIMEOUT_S = 180.0
 START_ATTEMPTS = 3
 ADDRESS_NAME = "address"
