@@ -110,7 +110,7 @@ def test_a_change_of_the_fusion_leaves_what_does_not_depend_on_it(workspace: Pat
 def test_mlflow_has_one_parent_and_a_run_a_stage_with_steps_and_images(workspace: Path) -> None:
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{workspace / "mlflow" / "mlflow.db"}")
+    client = MlflowClient(f"sqlite:///{workspace / 'mlflow' / 'mlflow.db'}")
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
     nested = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
     assert len(runs) - len(nested) == 1
