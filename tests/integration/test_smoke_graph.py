@@ -136,11 +136,13 @@ def test_photos_and_classes_become_pictures(workspace: Path, tmp_path: Path) -> 
     picture = tmp_path / "side.png"
     done = drorae(workspace, "reconstruct", str(photo), *common, "--out", str(picture))
     assert done.returncode == 0, done.stderr
-    assert Image.open(picture).width > Image.open(picture).height
+    with Image.open(picture) as side_by_side:
+        assert side_by_side.width > side_by_side.height
     samples = tmp_path / "samples.png"
     done = drorae(workspace, "sample", "--class", "3", *common, "--out", str(samples))
     assert done.returncode == 0, done.stderr
-    assert Image.open(samples).size[0] >= 32
+    with Image.open(samples) as generated:
+        assert generated.width >= 32
 
 
 @pytest.mark.slow
