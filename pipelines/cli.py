@@ -175,7 +175,9 @@ def _add_models(group: "argparse._SubParsersAction") -> None:
     sample.add_argument("--num", type=_positive, default=8, help="images (default: 8)")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument(
-        "--guidance", choices=["unguided", "cfg", "autoguidance"], default="autoguidance"
+        "--guidance",
+        choices=["unguided", "cfg", "autoguidance", "internal"],
+        help="way of sampling (default: the strongest that the recipe measures)",
     )
     sample.add_argument("--scale", type=float, help="guidance scale (default: the recipe's)")
     sample.add_argument("--out", default="samples.png", metavar="FILE")

@@ -11,6 +11,8 @@ from pipelines.plan import RunPlan, make_plan
 
 TOKENIZER_STAGES = ("decoder", "fusion", "finetune")
 GENERATOR_STAGES = ("latents", "diffusion", "guide")
+STRENGTH = ("autoguidance", "internal", "cfg")
+"""Guided ways of sampling, the best of the papers first."""
 
 
 def reconstruct(options: argparse.Namespace, console: Console) -> int:
@@ -44,22 +46,28 @@ def sample(options: argparse.Namespace, console: Console) -> int:
     from drorae.evaluation.sampling import sampler_settings
 
     evaluate = plan.full.evaluate
-    if options.scale is not None:
-        evaluate = replace(evaluate, cfg_scale=options.scale, autoguidance_scale=options.scale)
+    guidance = options.guidance or _strongest(evaluate.guidances)
+    if options.scale is not None and guidance != "unguided":
+        evaluate = replace(evaluate, **{f"{guidance}_scale": options.scale})
     images = sample_images(
         load_tokenizer(outputs),
         load_generator(outputs),
         options.label,
         num_images=options.num,
-        settings=sampler_settings(options.guidance, evaluate),
+        settings=sampler_settings(guidance, evaluate),
         seed=options.seed,
     )
     return _write(options.out, png_bytes(image_grid([to_hwc(images.numpy())])), console)
 
 
+def _strongest(guidances: tuple[str, ...]) -> str:
+    return next((name for name in STRENGTH if name in guidances), "unguided")
+
+
 def _outputs(plan: RunPlan, names: tuple[str, ...]) -> dict[str, StageOutput]:
     workspace = Workspace(plan.request.workspace)
-    found = {name: workspace.find(name, plan.keys[name]) for name in names}
+    enabled = [name for name in names if name in plan.keys]  # a recipe may have no guide
+    found = {name: workspace.find(name, plan.keys[name]) for name in enabled}
     missing = [name for name, output in found.items() if output is None]
     if missing:
         raise FileNotFoundError(

@@ -6,7 +6,7 @@ __all__ = ["QualityTable", "quality_tables"]
 
 RECONSTRUCTION = ("rae", "fusion", "finetune", "control")
 DIFFERENCES = ("fusion-rae", "finetune-control")
-GENERATION = ("untrained", "unguided", "cfg", "autoguidance", "real")
+GENERATION = ("untrained", "unguided", "cfg", "autoguidance", "internal", "real")
 RECONSTRUCTION_METRICS = ("psnr", "ssim", "lpips", "fd")
 GENERATION_METRICS = ("fd", "kid", "precision", "recall")
 FORMATS = {"psnr": ".2f", "ssim": ".3f", "lpips": ".4f", "fd": ".1f", "kid": ".4f"}

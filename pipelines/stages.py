@@ -22,6 +22,10 @@ def _with_control(full: Any) -> bool:
     return bool(full.evaluate.control)
 
 
+def _with_guide(full: Any) -> bool:
+    return "autoguidance" in full.evaluate.guidances
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
     """One node of the graph.
@@ -94,6 +98,7 @@ STAGES: tuple[Stage, ...] = (
         needs=("latents",),
         sections=("seed", "guide"),
         entry="drorae.training.stages:run_guide",
+        enabled=_with_guide,
     ),
     Stage(
         name="evaluate",

@@ -11,7 +11,7 @@ Source: arXiv:2207.12598 (CFG), arXiv:2404.07724 (interval), arXiv:2406.02507 (A
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,13 +24,14 @@ __all__ = [
     "VelocityModel",
     "autoguidance_velocity_fn",
     "cfg_velocity_fn",
+    "check_eval",
     "conditional_velocity_fn",
     "guided_velocity_fn",
     "internal_guidance_velocity_fn",
     "is_guided",
 ]
 
-VelocityModel = Callable[..., Tensor]
+VelocityModel = Callable[..., Any]
 """A network called as model(noisy, t, labels) with t a tensor of one time per sample; in eval mode
 if it is a module."""
 
@@ -73,7 +74,7 @@ def conditional_velocity_fn(model: VelocityModel, labels: Int[Tensor, " batch"])
     Raises:
         RuntimeError: If the model is in training mode, where it would drop labels.
     """
-    _check_eval(model)
+    check_eval(model)
 
     def velocity(noisy: Tensor, t: float) -> Tensor:
         return model(noisy, _times(noisy, t), labels)
@@ -250,7 +251,12 @@ def _check(scale: float, interval: Interval) -> None:
         )
 
 
-def _check_eval(model: VelocityModel) -> None:
+def check_eval(model: VelocityModel) -> None:
+    """Refuse a network in training mode.
+
+    Raises:
+        RuntimeError: It would drop labels while sampling.
+    """
     if isinstance(model, nn.Module) and model.training:
         raise RuntimeError(
             "The network is in training mode and would drop labels while sampling: expected eval "

@@ -6,7 +6,7 @@ nothing here knows a recipe.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,8 @@ from drorae.data.assets import asset_path
 from drorae.data.decoding import BadImage, ImageLimits, decode_image, to_square
 from drorae.diffusion.guidance import GuidanceConfig, guided_velocity_fn
 from drorae.diffusion.noise import sample_noise
-from drorae.diffusion.solvers import euler, heun
+from drorae.diffusion.predictions import Prediction, as_velocity_model
+from drorae.diffusion.solvers import StepNoise, VelocityFn, euler, euler_maruyama, heun
 from drorae.diffusion.times import TimeConfig, resolve_shift, time_grid
 from drorae.evaluation.grids import image_grid, to_hwc
 from drorae.evaluation.image_metrics import to_uint8, to_unit
@@ -54,8 +55,10 @@ class SamplerSettings:
 
     guidance: GuidanceConfig
     """Kind, scale and interval of guidance."""
-    sampler: Literal["euler", "heun"] = "euler"
-    """ODE solver."""
+    sampler: Literal["euler", "heun", "sde"] = "euler"
+    """Solver."""
+    churn: float = 1.0
+    """How much noise `sde` replaces on the way."""
     num_grid_points: int = 50
     """Points of the time grid."""
     grid_end: Literal["reference", "zero"] = "reference"
@@ -111,6 +114,10 @@ class Generator:
     var: Float[Tensor, "channels height width"]
     times: TimeConfig
     device: torch.device
+    prediction: Prediction = "velocity"
+    """What the network's output means."""
+    guide_prediction: Prediction = "velocity"
+    """What the guide's output means."""
 
     @property
     def num_classes(self) -> int:
@@ -122,14 +129,7 @@ class Generator:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = DiT(self.model.config).to(self.device).eval()
-        return Generator(
-            model=model,
-            guide=None,
-            mean=self.mean,
-            var=self.var,
-            times=self.times,
-            device=self.device,
-        )
+        return replace(self, model=model, guide=None)
 
     @torch.no_grad()
     def sample(
@@ -158,17 +158,40 @@ class Generator:
             )
         shape = tuple(self.mean.shape)
         noise = sample_noise(seed, indices, shape, "sample").to(self.device)
-        velocity = guided_velocity_fn(
-            settings.guidance,
-            self.model,
-            labels.to(self.device),
-            null_label=self.model.null_label if settings.guidance.kind == "cfg" else None,
-            weak_model=self.guide,
-        )
+        velocity = self._velocity(labels.to(self.device), settings.guidance)
         shift = resolve_shift(self.times, self.mean.numel())
         grid = time_grid(settings.num_grid_points, shift, settings.grid_end)
-        solve = heun if settings.sampler == "heun" else euler
-        return map_to_tokens(denormalise_latent(solve(velocity, noise, grid), self.mean, self.var))
+
+        def step_noise(step: int) -> Tensor:
+            return sample_noise(seed, indices, shape, f"sample/{step}")
+
+        clean = _solve(velocity, noise, grid, settings, step_noise)
+        return map_to_tokens(denormalise_latent(clean, self.mean, self.var))
+
+    def _velocity(self, labels: Int[Tensor, " batch"], guidance: GuidanceConfig) -> VelocityFn:
+        weak = None
+        if self.guide is not None:
+            weak = as_velocity_model(self.guide, self.guide_prediction)
+        return guided_velocity_fn(
+            guidance,
+            as_velocity_model(self.model, self.prediction),
+            labels,
+            null_label=self.model.null_label if guidance.kind == "cfg" else None,
+            weak_model=weak,
+        )
+
+
+def _solve(
+    velocity: VelocityFn,
+    noise: Tensor,
+    grid: Tensor,
+    settings: SamplerSettings,
+    noise_of: StepNoise,
+) -> Tensor:
+    if settings.sampler == "sde":
+        return euler_maruyama(velocity, noise, grid, step_noise=noise_of, churn=settings.churn)
+    solve = heun if settings.sampler == "heun" else euler
+    return solve(velocity, noise, grid)
 
 
 def load_tokenizer(
@@ -238,6 +261,8 @@ def load_generator(
         var=stats["var"].to(device),
         times=from_json(TimeConfig, config["times"]) if "times" in config else TimeConfig(),
         device=device,
+        prediction=_prediction(outputs["diffusion"]),
+        guide_prediction=_prediction(outputs["guide"]) if guide is not None else "velocity",
     )
 
 
@@ -293,6 +318,11 @@ def _read_square(path: Path, side_px: int) -> UInt8[Tensor, "3 height width"]:
     except BadImage as error:
         raise ValueError(f"image {path} cannot be used ({error}): give another file.") from error
     return torch.from_numpy(np.array(to_square(image, side_px, "center"))).permute(2, 0, 1)
+
+
+def _prediction(output: StageOutput) -> Prediction:
+    # Outputs from before there was a choice name none.
+    return output.read_json("config.json").get("prediction", "velocity")
 
 
 def _load_decoder(output: StageOutput, device: torch.device) -> Decoder:

@@ -6,11 +6,10 @@ Imports only the standard library, so that planning a run needs no torch.
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["GUIDANCES", "EvaluateJob", "ReportJob"]
+__all__ = ["EvaluateJob", "ReportJob", "Sampling"]
 
-GUIDANCES = ("unguided", "cfg", "autoguidance", "untrained")
-"""Every way of sampling that is measured. `untrained` is the same network freshly initialised: the
-floor."""
+Sampling = Literal["unguided", "cfg", "autoguidance", "internal", "untrained"]
+"""A way of sampling. `untrained` is the same network freshly initialised: the floor."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,8 +24,14 @@ class EvaluateJob:
     0..n-1 of the split."""
     num_samples: int = 1000
     """Images generated per way of sampling. The ADM protocol of the paper uses 50000."""
-    sampler: Literal["euler", "heun"] = "euler"
-    """ODE solver. RAE, imagenet256: euler."""
+    guidances: tuple[Sampling, ...] = ("unguided", "cfg", "autoguidance", "untrained")
+    """Ways of sampling that are measured. `internal` needs a generator with a base head,
+    `autoguidance` the guide stage, which is trained only then."""
+    sampler: Literal["euler", "heun", "sde"] = "euler"
+    """Solver: of the ODE, or Euler-Maruyama of an SDE with the same marginals. RAE, imagenet256:
+    euler."""
+    sde_churn: float = 1.0
+    """Strength of the SDE: w(t) = churn * t; 0 is Euler. SiT's default diffusion is 1."""
     num_grid_points: int = 50
     """Points of the time grid; n points are n - 1 solver steps. RAE, imagenet256: 50."""
     grid_end: Literal["reference", "zero"] = "reference"
@@ -38,8 +43,12 @@ class EvaluateJob:
     """AutoGuidance: v_weak + scale * (v - v_weak); 1 is unguided. DRoRAE: 1.5; RAE's tuned value is
     1.42."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Times t (t = 1 is noise, after the shift) at which guidance acts, both ends included. RAE:
-    [0, 1]."""
+    """Times t (t = 1 is noise, after the shift) at which CFG and AutoGuidance act, both ends
+    included. RAE: [0, 1]."""
+    internal_scale: float = 1.78
+    """Internal guidance: base + scale * (full - base); 1 is unguided. RAEv2: 1.78."""
+    internal_interval: tuple[float, float] = (0.1, 1.0)
+    """Times at which internal guidance acts. RAEv2: [0.1, 1]."""
     feature_extractor: Literal["efficientnet-lite0", "inception-v3"] = "efficientnet-lite0"
     """Feature space of FD, KID, precision and recall. Only inception-v3 compares with published
     FID."""
@@ -81,7 +90,7 @@ class EvaluateJob:
         for name in ("num_grid_images", "num_grid_classes", "num_diagnostic_images"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(self.num_val_images >= 0, "num_val_images", self.num_val_images, "0 (all) or more")
-        for name in ("cfg_scale", "autoguidance_scale"):
+        for name in ("cfg_scale", "autoguidance_scale", "internal_scale"):
             _require(getattr(self, name) >= 1.0, name, getattr(self, name), "1 (unguided) or more")
         _require(self.num_grid_points >= 2, "num_grid_points", self.num_grid_points, "2 or more")
         _require(self.feature_px >= 32, "feature_px", self.feature_px, "32 or more")
@@ -91,8 +100,12 @@ class EvaluateJob:
             self.bootstrap_replicates,
             "100 or more",
         )
-        low, high = self.guidance_interval
-        _require(0.0 <= low < high <= 1.0, "guidance_interval", [low, high], "0 <= low < high <= 1")
+        _require(self.sde_churn >= 0, "sde_churn", self.sde_churn, "0 (Euler) or more")
+        once = len(set(self.guidances)) == len(self.guidances) > 0
+        _require(once, "guidances", self.guidances, "at least one, each once")
+        for name in ("guidance_interval", "internal_interval"):
+            low, high = getattr(self, name)
+            _require(0.0 <= low < high <= 1.0, name, [low, high], "0 <= low < high <= 1")
         needs_file = self.feature_extractor == "inception-v3" and not self.inception_weights_path
         _require(not needs_file, "inception_weights_path", "", "a file when features are Inception")
 

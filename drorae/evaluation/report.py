@@ -19,6 +19,7 @@ from drorae.evaluation.report_plots import (
     spectrum_figure,
 )
 from drorae.evaluation.report_tables import (
+    SAMPLERS,
     difference_table,
     generation_table,
     paper_table,
@@ -34,6 +35,7 @@ SAMPLE_TITLES = {
     "samples-unguided": "Unguided",
     "samples-cfg": "Classifier-free guidance",
     "samples-autoguidance": "AutoGuidance",
+    "samples-internal": "Internal guidance",
     "samples-untrained": "Freshly initialised DiT",
 }
 
@@ -107,9 +109,7 @@ def _generation(data: ReportData) -> str:
         f"{meta.get('feature_extractor', '?')} features; rows with another N are not on the same "
         "scale."
     )
-    values = {
-        n: generation[n]["fd"] for n in ("unguided", "cfg", "autoguidance") if n in generation
-    }
+    values = {name: generation[name]["fd"] for name in SAMPLERS if name in generation}
     limits = [generation[n]["fd"] if n in generation else None for n in ("untrained", "real")]
     parts = [f"<p>{escape(intro)}</p>", generation_table(generation)]
     if values:

@@ -8,6 +8,7 @@ from drorae.evaluation.report_data import StageRow
 from drorae.evaluation.report_paper import PAPER_ROWS, WHY_NOT_COMPARABLE, PaperRow
 
 __all__ = [
+    "SAMPLERS",
     "difference_table",
     "generation_table",
     "paper_table",
@@ -39,6 +40,7 @@ SAMPLERS = {
     "unguided": "Unguided",
     "cfg": "Classifier-free guidance",
     "autoguidance": "AutoGuidance",
+    "internal": "Internal guidance",
 }
 
 
@@ -223,8 +225,8 @@ def _generation_lines(generation: dict[str, Any]) -> list[tuple[str, str]]:
                 f"photos.</b> FD {plain['fd']:.2f} between {floor:.2f} and {ceiling:.2f}",
             )
         )
-    for name in ("cfg", "autoguidance"):
-        if plain and name in generation:
+    for name in SAMPLERS:
+        if plain and name != "unguided" and name in generation:
             change = generation[name]["fd"] - plain["fd"]
             mark = "good" if change < 0 else "bad"
             word = "lowers" if change < 0 else "raises"

@@ -16,7 +16,7 @@ import torch
 from drorae.data.shard_map import ShardTask
 from drorae.diffusion.guidance import GuidanceConfig
 from drorae.evaluation.inference import SamplerSettings, load_generator, load_tokenizer
-from drorae.evaluation.job import GUIDANCES, EvaluateJob
+from drorae.evaluation.job import EvaluateJob
 from drorae.models.encoder import EncoderConfig
 from drorae.store import files
 from drorae.store.workspace import StageOutput
@@ -48,25 +48,28 @@ class WorkerInputs:
 
 def sampler_settings(guidance: str, evaluate: EvaluateJob) -> SamplerSettings:
     """Solver settings of one way of sampling."""
-    low, high = evaluate.guidance_interval
-    kinds = {
-        "cfg": GuidanceConfig(kind="cfg", scale=evaluate.cfg_scale, t_min=low, t_max=high),
-        "autoguidance": GuidanceConfig(
-            kind="autoguidance", scale=evaluate.autoguidance_scale, t_min=low, t_max=high
-        ),
-    }
     return SamplerSettings(
-        guidance=kinds.get(guidance, GuidanceConfig()),
+        guidance=_guidance_config(guidance, evaluate),
         sampler=evaluate.sampler,
+        churn=evaluate.sde_churn,
         num_grid_points=evaluate.num_grid_points,
         grid_end=evaluate.grid_end,
     )
 
 
+def _guidance_config(guidance: str, evaluate: EvaluateJob) -> GuidanceConfig:
+    if guidance not in ("cfg", "autoguidance", "internal"):
+        return GuidanceConfig()
+    own = guidance == "internal"
+    low, high = evaluate.internal_interval if own else evaluate.guidance_interval
+    scale = getattr(evaluate, f"{guidance}_scale")
+    return GuidanceConfig(kind=guidance, scale=scale, t_min=low, t_max=high)
+
+
 def sample_tasks(evaluate: EvaluateJob) -> list[ShardTask]:
     """Chunks of indices for every guidance, in a fixed order."""
     tasks = []
-    for guidance in GUIDANCES:
+    for guidance in evaluate.guidances:
         for start in range(0, evaluate.num_samples, evaluate.chunk_samples):
             stop = min(start + evaluate.chunk_samples, evaluate.num_samples)
             payload = {"guidance": guidance, "start": start, "stop": stop}

@@ -50,6 +50,7 @@ class FullJob:
         """Check what only the whole configuration can know."""
         self._check_tokens()
         self._check_latents()
+        self._check_guidances()
 
     @property
     def control(self) -> FinetuneStage:
@@ -85,3 +86,16 @@ class FullJob:
                     f"{name}.model.in_channels, input_size = {given} do not fit the encoder's "
                     f"latents: expected {expected}."
                 )
+
+    def _check_guidances(self) -> None:
+        model, wanted = self.diffusion.model, self.evaluate.guidances
+        if "internal" in wanted and model.base_head_after is None:
+            raise ValueError(
+                "evaluate.guidances names internal, which needs the base head of the generator: "
+                "set diffusion.model.base_head_after (RAEv2: 8) or leave internal out."
+            )
+        if "cfg" in wanted and model.class_dropout_prob == 0:
+            raise ValueError(
+                "evaluate.guidances names cfg, which needs the null class: set "
+                "diffusion.model.class_dropout_prob above 0 or leave cfg out."
+            )

@@ -1,5 +1,8 @@
 """The diffusion loop: DiT-DH regresses the velocity noise - clean on normalised latents.
 
+Its output is that velocity, or the clean latents from which the velocity follows (RAEv2); the loss
+is the squared error of the velocity either way. A base head takes the same loss.
+
 The guide uses the same loop. t = 0 is clean and t = 1 is noise. The draws of time, noise and
 dropped labels are functions of (seed, step, position in the global batch), so that neither a resume
 nor the number of workers changes them. The configuration, `DiffusionStage`, is in
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from drorae.diffusion.interpolation import add_noise, velocity_loss
 from drorae.diffusion.noise import sample_generator, sample_noise
+from drorae.diffusion.predictions import to_velocity
 from drorae.diffusion.times import sample_times
 from drorae.models.dit import DiT
 from drorae.shapes import Float, Int
@@ -22,7 +26,7 @@ from drorae.training.loop import LoopTools, TrainReport
 from drorae.training.state import apply_update, begin, log_step, save_if_due
 from drorae.training.world import wrap_ddp
 
-__all__ = ["DiffusionBatch", "draw_step", "train_diffusion"]
+__all__ = ["DiffusionBatch", "draw_step", "loss_terms", "train_diffusion"]
 
 NOISE_STREAM = "diffusion/noise"  # separate the draws of noise from those of times and labels
 STEP_STREAM = "diffusion/step"
@@ -69,6 +73,32 @@ def draw_step(
     return t[batch.positions], sample_noise(seed, indices, shape, NOISE_STREAM), labels
 
 
+def loss_terms(
+    job: DiffusionStage,
+    output: Tensor | tuple[Tensor, Tensor],
+    clean: Float[Tensor, "batch channels height width"],
+    noise: Float[Tensor, "batch channels height width"],
+    t: Float[Tensor, " batch"],
+) -> dict[str, Tensor]:
+    """`loss`, and with a base head its parts: loss = loss_full + base_weight * loss_base.
+
+    Args:
+        job: Meaning of the output, and the weight of the base head.
+        output: Prediction at `add_noise(clean, noise, t)`, or both of a network with a base head.
+        clean: The latents that were mixed.
+        noise: The noise that was mixed in.
+        t: One time per sample.
+    """
+    noisy = add_noise(clean, noise, t)
+    outputs = output if isinstance(output, tuple) else (output,)
+    velocities = [to_velocity(part.float(), noisy, t, job.prediction) for part in outputs]
+    losses = [velocity_loss(velocity, clean, noise).mean() for velocity in velocities]
+    if len(losses) == 1:
+        return {"loss": losses[0]}
+    full, base = losses
+    return {"loss": full + job.base_weight * base, "loss_full": full, "loss_base": base}
+
+
 def train_diffusion(
     job: DiffusionStage,
     model: DiT,
@@ -94,6 +124,7 @@ def train_diffusion(
     device = tools.world.device
     model.to(device).eval()  # labels are dropped in draw_step, not inside the network
     wrapped = wrap_ddp(model, tools.world)
+    heads = {"with_base": True} if job.model.base_head_after is not None else {}
     state = begin(
         stage,
         model,
@@ -107,9 +138,9 @@ def train_diffusion(
         clean = batch.latents.to(device)
         noisy = add_noise(clean, noise, t)
         with torch.autocast(device.type, torch.bfloat16, enabled=job.precision == "bfloat16"):
-            velocity = wrapped(noisy, t, labels)
-        loss = velocity_loss(velocity.float(), clean, noise).mean()
-        terms = {"loss": loss, "grad_norm": apply_update(state, loss)}
+            output = wrapped(noisy, t, labels, **heads)
+        terms = loss_terms(job, output, clean, noise, t)
+        terms["grad_norm"] = apply_update(state, terms["loss"])
         log_step(state, tools, terms, job.batch_images, job)
         save_if_due(state, tools, job)
     return TrainReport(ema=state.ema, history=state.history)

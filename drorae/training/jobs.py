@@ -172,6 +172,12 @@ class DiffusionStage:
     """Images in a global batch, over all workers. DRoRAE 256, RAE 1024."""
     times: TimeConfig = field(default_factory=TimeConfig)
     """Distribution of t and its shift."""
+    prediction: Literal["velocity", "clean"] = "velocity"
+    """What the network gives: the velocity, or the clean latents, turned into it by (noisy - clean)
+    / max(t, .05). RAE: velocity; RAEv2: clean."""
+    base_weight: float = 1.0
+    """Weight of the base head's loss beside the full one; only with model.base_head_after. RAEv2:
+    1.0."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, schedule="constant", clip_norm=1.0
@@ -191,3 +197,5 @@ class DiffusionStage:
             )
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay={self.ema_decay} is out of range: expected [0, 1).")
+        if self.base_weight < 0:
+            raise ValueError(f"base_weight={self.base_weight} is negative: expected 0 or more.")

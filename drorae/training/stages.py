@@ -168,7 +168,7 @@ def _train_dit(ctx: StageContext, world: World, *, seed: int, job: DiffusionStag
     with _Tools(ctx, world) as tools:
         report = train_diffusion(job, model, batches, tools, stage=ctx.stage, seed=seed)
     settings = {"model": to_json(job.model), "times": to_json(job.times)}
-    settings |= {"latents": ctx.inputs["latents"].key}
+    settings |= {"prediction": job.prediction, "latents": ctx.inputs["latents"].key}
     return _write(ctx, world, "dit", model, report, settings)
 
 

@@ -1,10 +1,13 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from evaluation_fakes import GRID, WIDTH, commit, write_module
 from PIL import Image
 
+from drorae.config import to_json
 from drorae.diffusion.guidance import GuidanceConfig
 from drorae.evaluation.inference import (
     SamplerSettings,
@@ -13,6 +16,9 @@ from drorae.evaluation.inference import (
     reconstruct_files,
     sample_images,
 )
+from drorae.evaluation.job import EvaluateJob
+from drorae.evaluation.sampling import sample_tasks, sampler_settings
+from drorae.models.dit import DiT, DiTConfig
 from drorae.store.workspace import StageOutput
 
 SETTINGS = SamplerSettings(guidance=GuidanceConfig(kind="cfg", scale=1.5), num_grid_points=3)
@@ -56,6 +62,71 @@ def test_an_untrained_generator_returns_its_noise_and_leaves_the_seed_alone(
     latents = floor.sample(torch.zeros(40, dtype=torch.int64), list(range(40)), plain, 0)
     # Zero velocity: unit noise scaled by the stored deviation, sqrt(.9 + 1e-5).
     assert latents.std().item() == pytest.approx(0.9**0.5, rel=0.02)
+
+
+def test_outputs_without_a_prediction_mean_the_velocity(outputs: dict[str, StageOutput]) -> None:
+    generator = load_generator(outputs)
+    assert (generator.prediction, generator.guide_prediction) == ("velocity", "velocity")
+
+
+def test_a_stage_that_names_its_prediction_is_sampled_by_it(
+    outputs: dict[str, StageOutput], tmp_path: Path
+) -> None:
+    config = DiTConfig(
+        input_size=GRID,
+        in_channels=WIDTH,
+        hidden_size=16,
+        depth=2,
+        num_heads=2,
+        num_classes=3,
+        base_head_after=1,
+    )
+    settings = {"model": to_json(config), "prediction": "clean"}
+    stage = commit(tmp_path, "diffusion", write_module("dit", DiT(config), settings))
+    generator = load_generator({**outputs, "diffusion": stage})
+    assert generator.prediction == "clean"
+    assert generator.untrained(0).prediction == "clean"
+    internal = SamplerSettings(
+        guidance=GuidanceConfig(kind="internal", scale=1.78, t_min=0.1),
+        num_grid_points=9,
+        grid_end="zero",
+    )
+    latents = generator.sample(torch.tensor([0, 1]), [0, 1], internal, 0)
+    # A fresh network predicts clean = 0 in both heads: the path shrinks the noise to its share.
+    assert latents.abs().max().item() < 0.5
+    auto = SamplerSettings(guidance=GuidanceConfig(kind="autoguidance", scale=1.5))
+    assert generator.sample(torch.tensor([0]), [0], auto, 0).isfinite().all()  # its guide: velocity
+
+
+def test_the_stochastic_solver_draws_by_index_and_without_churn_is_euler(
+    outputs: dict[str, StageOutput],
+) -> None:
+    generator = load_generator(outputs)
+    labels = torch.tensor([0, 1, 2])
+    stochastic = replace(SETTINGS, sampler="sde", num_grid_points=6)
+    together = generator.sample(labels, [4, 5, 6], stochastic, 0)
+    alone = generator.sample(labels[1:2], [5], stochastic, 0)
+    torch.testing.assert_close(together[1:2], alone, atol=1e-4, rtol=1e-4)
+    euler = generator.sample(labels, [4, 5, 6], replace(stochastic, sampler="euler"), 0)
+    assert not torch.allclose(together, euler, atol=1e-2)
+    still = generator.sample(labels, [4, 5, 6], replace(stochastic, churn=0.0), 0)
+    torch.testing.assert_close(still, euler, atol=1e-5, rtol=1e-5)
+
+
+def test_every_way_of_sampling_has_its_own_scale_and_interval() -> None:
+    evaluate = EvaluateJob(
+        cfg_scale=2.0,
+        autoguidance_scale=1.42,
+        guidances=("unguided", "internal"),
+        sampler="sde",
+        sde_churn=0.5,
+    )
+    internal = sampler_settings("internal", evaluate)
+    assert internal.guidance == GuidanceConfig(kind="internal", scale=1.78, t_min=0.1)
+    assert (internal.sampler, internal.churn) == ("sde", 0.5)
+    assert sampler_settings("cfg", evaluate).guidance == GuidanceConfig(kind="cfg", scale=2.0)
+    assert sampler_settings("untrained", evaluate).guidance == GuidanceConfig()
+    assert {task.payload["guidance"] for task in sample_tasks(evaluate)} == {"unguided", "internal"}
 
 
 def test_images_of_a_class(outputs: dict[str, StageOutput]) -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from loop_fakes import MemoryCheckpoints, Rows
 
+from drorae.diffusion.interpolation import add_noise
 from drorae.models.dit import DiT, DiTConfig
-from drorae.training.diffusion import draw_step, train_diffusion
+from drorae.training.diffusion import draw_step, loss_terms, train_diffusion
 from drorae.training.jobs import DiffusionStage, OptimConfig
 
 JOB = DiffusionStage(
@@ -86,7 +87,39 @@ def test_about_a_tenth_of_the_labels_is_dropped() -> None:
     assert 0 <= t.min() < t.max() <= 1
 
 
-@pytest.mark.parametrize("fields", [{"num_steps": 0}, {"ema_decay": -0.1}])
+def test_the_loss_of_a_clean_prediction_is_the_velocity_error_of_both_heads() -> None:
+    job = dataclasses.replace(JOB, prediction="clean", base_weight=0.5)
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 8, 2, 2)
+    clean, noise, full, base = (torch.randn(shape, generator=generator) for _ in range(4))
+    t = torch.tensor([0.02, 0.5])
+    noisy, floor = add_noise(clean, noise, t), torch.tensor([0.05, 0.5]).view(2, 1, 1, 1)
+    by_hand = [((noisy - x) / floor - (noise - clean)).square().mean() for x in (full, base)]
+    terms = loss_terms(job, (full, base), clean, noise, t)
+    torch.testing.assert_close(terms["loss_full"], by_hand[0])
+    torch.testing.assert_close(terms["loss_base"], by_hand[1])
+    torch.testing.assert_close(terms["loss"], by_hand[0] + 0.5 * by_hand[1])
+    plain = loss_terms(JOB, noise - clean, clean, noise, t)
+    assert plain == {"loss": 0.0}
+
+
+def test_a_clean_predictor_with_a_base_head_learns_with_both_losses_logged(
+    latent_batches: Callable, make_tools: Callable
+) -> None:
+    model = dataclasses.replace(JOB.model, base_head_after=1)
+    job = dataclasses.replace(JOB, model=model, prediction="clean", num_steps=60)
+    torch.manual_seed(7)
+    log, network = Rows(), DiT(model)
+    tools = make_tools(log=log)
+    train_diffusion(job, network, latent_batches(60, 6), tools, stage="diffusion", seed=0)
+    full, base = (list(log.series(f"train/loss_{name}").values()) for name in ("full", "base"))
+    assert sum(full[-10:]) < 0.9 * sum(full[:10])
+    assert sum(base[-10:]) < 0.9 * sum(base[:10])
+    total = list(log.series("train/loss").values())
+    assert total == pytest.approx([a + b for a, b in zip(full, base, strict=True)], rel=1e-6)
+
+
+@pytest.mark.parametrize("fields", [{"num_steps": 0}, {"ema_decay": -0.1}, {"base_weight": -1.0}])
 def test_impossible_stages_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         dataclasses.replace(JOB, **fields)
