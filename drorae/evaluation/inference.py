@@ -189,7 +189,7 @@ def _solve(
     noise_of: StepNoise,
 ) -> Tensor:
     if settings.sampler == "sde":
-        return euler_maruyama(velocity, noise, grid, step_noise=noise_of, churn=settings.churn)
+        return euler_maruyama(velocity, noise, grid, step_noise=fresh, churn=settings.churn)
     solve = heun if settings.sampler == "heun" else euler
     return solve(velocity, noise, grid)
 
