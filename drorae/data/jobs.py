@@ -21,6 +21,9 @@ class ShardJob:
     """Side of the stored square images in pixels. Paper: ImageNet at 256."""
     crop: Literal["center", "resize"] = "center"
     """`center`: ADM centre crop (RAE evaluation protocol); `resize`: squash to a square."""
+    view_px: int | None = None
+    """Shorter side to which random crops scale a training image, aspect kept; none: no second copy.
+    RAE stage 1: int(1.5 * resolution_px)."""
     max_train_images: int | None = None
     """Cap of the training split, spread evenly over classes; none: all."""
     max_val_images: int | None = None
@@ -55,6 +58,8 @@ class ShardJob:
         _require(0 <= self.val_fraction < 1, "shard.val_fraction", self.val_fraction, "0 up to 1")
         ratio = self.max_aspect_ratio
         _require(ratio >= 1, "shard.max_aspect_ratio", ratio, "at least 1")
+        fits = self.view_px is None or self.view_px >= self.resolution_px
+        _require(fits, "shard.view_px", self.view_px, f"{self.resolution_px} or more, or null")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +73,9 @@ class LatentJob:
     flip: bool = False
     """Store the latent of the mirrored image too, so that training can flip as RAE's stage 2
     does."""
+    stats: Literal["computed", "imported"] = "computed"
+    """Mean and variance per element: of these latents, or those imported with a released decoder
+    (`decoder.released_stats`; fusion of kind `rae` only)."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

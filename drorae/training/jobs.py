@@ -5,7 +5,7 @@ functions that each class configures are in the module of its name (`optim`, `cr
 `diffusion`), and `drorae.training.stages` takes the `...Stage` classes.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from drorae.diffusion.time_config import TimeConfig
@@ -62,26 +62,70 @@ class AdversarialConfig:
     weight: float = 0.0
     """lambda_g; 0 leaves the discriminator out. RAE: 0.75 (the paper says only "adaptive")."""
     start_step: int = 0
-    """First step whose generator loss holds the term. DRoRAE: 30,000 (decoder), 10,000 (fusion);
-    RAE: epoch 8."""
+    """First step whose generator loss holds the term. DRoRAE: 30,000 (decoder), 10,000 (fusion)."""
+    start_epoch: float | None = None
+    """The same in epochs, instead of `start_step`. RAE: 8."""
     learn_from_step: int = 0
-    """First step in which the discriminator learns. RAE: epoch 6."""
+    """First step in which the discriminator learns."""
+    learn_from_epoch: float | None = None
+    """The same in epochs, instead of `learn_from_step`. RAE: 6."""
     discriminator: DiscriminatorConfig = field(
         default_factory=lambda: DiscriminatorConfig(source="dino_vit_small_patch8_224.pth")
     )
     """The discriminator; its trunk is a file in DINO's own key names."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-4, betas=(0.9, 0.95)))
-    """Discriminator optimiser. RAE: 2e-4, (0.9, 0.95)."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0)
+    )
+    """Discriminator optimiser. RAE: 2e-4, (0.9, 0.95), no decay."""
+    schedule_span: Literal["learning", "phase"] = "learning"
+    """Length of its schedule, which counts the discriminator's own steps: those in which it learns,
+    or the whole phase, as in RAE, whose rate therefore ends above `final_lr`."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         if self.weight < 0:
             raise ValueError(f"adversarial.weight={self.weight} is negative: expected 0 or more.")
-        if self.learn_from_step > self.start_step:
-            raise ValueError(
-                f"adversarial.learn_from_step={self.learn_from_step} lies after start_step="
-                f"{self.start_step}: the generator would follow an untrained discriminator."
-            )
+        for name in ("start", "learn_from"):
+            step, epoch = getattr(self, f"{name}_step"), getattr(self, f"{name}_epoch")
+            if min(step, epoch or 0) < 0:
+                raise ValueError(
+                    f"adversarial.{name}_step={step}, {name}_epoch={epoch}: expected 0 or more."
+                )
+            if step and epoch is not None:
+                raise ValueError(
+                    f"adversarial.{name}_step={step} and {name}_epoch={epoch} are both given: "
+                    "expected one unit; leave the other at its default."
+                )
+        if self.start_epoch is None and self.learn_from_epoch is None:
+            _check_order("step", self.learn_from_step, self.start_step)
+        elif self.start_epoch is not None and self.learn_from_epoch is not None:
+            _check_order("epoch", self.learn_from_epoch, self.start_epoch)
+
+    def in_steps(self, steps_per_epoch: int) -> "AdversarialConfig":
+        """The same with both starts in steps.
+
+        Raises:
+            ValueError: If the discriminator would learn only after the generator follows it.
+        """
+        return replace(
+            self,
+            start_step=_steps(self.start_step, self.start_epoch, steps_per_epoch),
+            learn_from_step=_steps(self.learn_from_step, self.learn_from_epoch, steps_per_epoch),
+            start_epoch=None,
+            learn_from_epoch=None,
+        )
+
+
+def _steps(step: int, epoch: float | None, steps_per_epoch: int) -> int:
+    return step if epoch is None else round(epoch * steps_per_epoch)
+
+
+def _check_order(unit: str, learn_from: float, start: float) -> None:
+    if learn_from > start:
+        raise ValueError(
+            f"adversarial.learn_from_{unit}={learn_from} lies after start_{unit}={start}: the "
+            "generator would follow an untrained discriminator."
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +152,9 @@ class TokenizerTraining:
     """Decay of the weight average per step. RAE decoder."""
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     """Discriminator and its weight; off by default."""
+    view: Literal["fixed", "random_crop"] = "fixed"
+    """Training images: the stored squares, or a new random crop in each epoch (needs
+    `shard.view_px`). RAE: random crops, no flip."""
     hidden_states: Literal["none", "memory", "disk"] = "none"
     """Whether the frozen encoder's hidden states are kept between steps; needs a fixed view of each
     image."""
@@ -126,6 +173,11 @@ class TokenizerTraining:
             raise ValueError(f"ema_decay={self.ema_decay} is out of range: expected [0, 1).")
         if self.noise_tau < 0:
             raise ValueError(f"noise_tau={self.noise_tau} is out of range: expected 0 or more.")
+        if self.view == "random_crop" and self.hidden_states != "none":
+            raise ValueError(
+                f"hidden_states={self.hidden_states} cannot keep states of view=random_crop, which "
+                "differ in every epoch: expected hidden_states=none, or view=fixed."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,8 +189,11 @@ class DecoderStage:
     train: TokenizerTraining
     """How it is trained; unused when `released` is given."""
     released: str = ""
-    """Path or URI of released decoder weights (any of the five layouts); empty trains from
-    scratch."""
+    """Path, s3:// address or `sha256:HEX` of released decoder weights (any of the five layouts);
+    empty trains from scratch. `sha256:HEX` names what `drorae import` has put into the
+    workspace."""
+    released_stats: str = ""
+    """Likewise the latent statistics released with it, which `latents.stats=imported` uses."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
