@@ -186,7 +186,7 @@ def _solve(
     noise: Tensor,
     grid: Tensor,
     settings: SamplerSettings,
-    noise_of: StepNoise,
+    fresh: StepNoise,
 ) -> Tensor:
     if settings.sampler == "sde":
         return euler_maruyama(velocity, noise, grid, step_noise=fresh, churn=settings.churn)

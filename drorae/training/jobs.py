@@ -43,6 +43,9 @@ class OptimConfig:
     """Steps at `lr` before the decay starts. RAE DiT: 40 epochs."""
     final_lr: float = 0.0
     """Learning rate at the end of the schedule. RAE: 2e-5."""
+    schedule_steps: int = 0
+    """Steps after which `final_lr` is reached; 0: the end of training. RAE DiT: 800 epochs, of
+    which any number is trained."""
     clip_norm: float = 0.0
     """Largest global gradient norm; 0 switches clipping off. RAE: off for the decoder, 1.0 for the
     DiT."""
@@ -51,8 +54,10 @@ class OptimConfig:
         """Check ranges."""
         if self.lr <= 0:
             raise ValueError(f"optim.lr={self.lr} is out of range: expected a positive number.")
-        if min(self.warmup_steps, self.hold_steps) < 0 or self.clip_norm < 0:
-            raise ValueError("optim.warmup_steps, hold_steps and clip_norm must be 0 or more.")
+        if min(self.warmup_steps, self.hold_steps, self.schedule_steps, self.clip_norm) < 0:
+            raise ValueError(
+                "optim.warmup_steps, hold_steps, schedule_steps and clip_norm must be 0 or more."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,8 +246,9 @@ class DiffusionStage:
     """Optimiser. DRoRAE section 2.2: constant 1e-4, (.9,.999), no decay; clipping from RAE."""
     ema_decay: float = 0.9995
     """Decay of the weight average per step. RAE."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Autocast of the forward pass. RAE recommends float32 for this stage."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Number format of matrix products: float32, float32 with a GPU's TF32 units, or autocast to
+    bfloat16. RAE: tf32; its authors advise against bfloat16 here."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -22,7 +22,8 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
     start = config.warmup_steps + config.hold_steps
     if config.schedule == "constant" or step < start:
         return config.lr
-    progress = min(1.0, (step - start) / max(1, num_steps - start))
+    end = config.schedule_steps or num_steps
+    progress = min(1.0, (step - start) / max(1, end - start))
     if config.schedule == "cosine":
         progress = 0.5 * (1.0 - math.cos(math.pi * progress))
     return config.lr + (config.final_lr - config.lr) * progress

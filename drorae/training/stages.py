@@ -161,6 +161,8 @@ def _train_dit(ctx: StageContext, world: World, *, seed: int, job: DiffusionStag
     world.local_batch(job.batch_images, f"{ctx.stage}.batch_images")
     latents = LatentShards(ctx.inputs["latents"], cache_path=ctx.compute.cache_path or None)
     model = DiT(job.model)
+    # A setting of the process, which trains this stage only.
+    torch.set_float32_matmul_precision("high" if job.precision == "tf32" else "highest")
 
     def batches(start: int) -> Iterator[DiffusionBatch]:
         return latent_batches(latents, start_step=start, **_order(job, world, seed))

@@ -1,0 +1,134 @@
+"""The cifar10 recipe: all 50,000 photos, small networks, one GPU or a patient CPU."""
+
+from drorae.config import Compute
+from drorae.data.jobs import LatentJob, ShardJob
+from drorae.evaluation.job import EvaluateJob, ReportJob
+from drorae.models.decoder_config import DecoderConfig
+from drorae.models.dit_config import DiTConfig
+from drorae.models.encoder_config import EncoderConfig
+from drorae.models.fusion_config import FusionConfig
+from drorae.recipes.full import FullJob
+from drorae.training.jobs import (
+    AdversarialConfig,
+    DecoderStage,
+    DiffusionStage,
+    FinetuneStage,
+    FusionStage,
+    OptimConfig,
+    TokenizerTraining,
+)
+
+__all__ = ["cifar10"]
+
+WIDTH, GRID = 384, 8  # ViT-S/14 at 112 px
+TOKENIZER_BATCH, GENERATOR_BATCH = 128, 128
+EPOCH = 50_000 // TOKENIZER_BATCH  # 390 steps
+
+
+def cifar10() -> FullJob:
+    """All of CIFAR-10: the smallest experiment whose samples should look like pictures.
+
+    Command: `drorae assets fetch smoke`, then `drorae run --recipe cifar10`; on a GPU add
+    `--set compute.use_gpu=true`.
+    Data: 50,000 training and 10,000 test photos of 32 px, shown to the encoder at 112 px.
+    Encoder: smoke's asset, a DINOv2 ViT-S/14 fine-tuned for saliency, which costs semantics.
+    With a discriminator: `--set decoder.train.adversarial.weight=0.75
+    --set decoder.train.adversarial.discriminator.source=FILE`, FILE being DINO's ViT-S/8; likewise
+    for fusion and finetune.
+    Expected time, from the FLOPs of `drorae plan --recipe cifar10 --cost`, not measured: hours on
+    one GPU, days on a CPU. Expected result: better than smoke in every number; none is published
+    for this setting. Never run at full size here.
+    """
+    return FullJob(
+        recipe="cifar10",
+        seed=0,
+        shard=ShardJob(source="asset:cifar10", resolution_px=32, rows_per_shard=5000),
+        encoder=EncoderConfig(
+            source="asset:dinov2-s-saliency", input_px=112, patch_px=14, width=WIDTH, depth=12
+        ),
+        decoder=DecoderStage(
+            model=DecoderConfig(
+                latent_channels=WIDTH,
+                width=256,
+                layers=8,
+                heads=4,
+                mlp_hidden=1024,
+                grid=GRID,
+                patch_px=4,
+            ),
+            train=_tokenizer(num_epochs=30, lr=5e-4),
+        ),
+        fusion=FusionStage(
+            model=FusionConfig(expert_hidden=768), train=_tokenizer(num_epochs=15, lr=5e-4)
+        ),
+        finetune=FinetuneStage(train=_tokenizer(num_epochs=15, lr=2e-4)),
+        latents=LatentJob(batch_images=128, flip=True),
+        diffusion=_generator(hidden_size=(256, 512), depth=(8, 2), heads=(4, 8), num_steps=40_000),
+        guide=_generator(hidden_size=(128, 512), depth=(4, 2), heads=(2, 8), num_steps=5_000),
+        evaluate=EvaluateJob(
+            num_val_images=0,
+            num_samples=10_000,
+            feature_px=64,
+            kid_subset=1000,
+            batch_images=250,
+            chunk_samples=500,
+            lpips_net="alex",
+        ),
+        report=ReportJob(title="DRoRAE, CIFAR-10"),
+        compute=Compute(threads_per_worker=2, log_every_steps=50),
+    )
+
+
+def _tokenizer(num_epochs: int, lr: float) -> TokenizerTraining:
+    """The paper's ratio of phases, RAE's betas, and the discriminator in the second half."""
+    num_steps = num_epochs * EPOCH
+    return TokenizerTraining(
+        num_steps=num_steps,
+        batch_images=TOKENIZER_BATCH,
+        optim=OptimConfig(
+            lr=lr,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            warmup_steps=EPOCH,
+            final_lr=lr / 10,
+            clip_norm=1.0,
+        ),
+        adversarial=AdversarialConfig(
+            weight=0.0,  # needs a file that no asset gives
+            start_step=num_steps // 2,
+            learn_from_step=num_steps * 3 // 8,  # as RAE: epochs 6 and 8 of 16
+        ),
+        lpips_net="alex",
+        ema_decay=0.9978,
+        eval_every_steps=1000,
+    )
+
+
+def _generator(
+    hidden_size: tuple[int, int], depth: tuple[int, int], heads: tuple[int, int], num_steps: int
+) -> DiffusionStage:
+    """DiT-DH whose head is wider than the latent's 384 channels, as RAE found necessary."""
+    return DiffusionStage(
+        model=DiTConfig(
+            input_size=GRID,
+            in_channels=WIDTH,
+            hidden_size=hidden_size,
+            depth=depth,
+            num_heads=heads,
+            num_classes=10,
+            label_init_std=1.0,
+        ),
+        num_steps=num_steps,
+        batch_images=GENERATOR_BATCH,
+        optim=OptimConfig(
+            lr=4e-4,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            schedule="cosine",
+            warmup_steps=500,
+            final_lr=4e-5,
+            clip_norm=1.0,
+        ),
+        ema_decay=0.999,
+        precision="tf32",
+    )
