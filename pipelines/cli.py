@@ -129,6 +129,36 @@ def _add_plan(group: "argparse._SubParsersAction") -> None:
     _add_configuration(parser)
     _add_selection(parser)
     _add_json(parser)
+    _add_cost(parser)
+
+
+def _add_cost(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cost",
+        action=argparse.BooleanOptionalAction,
+        help="parameters, FLOPs, memory, storage and GPU-hours of what would run (default: for "
+        "recipes that use a GPU, unless --json)",
+    )
+    parser.add_argument(
+        "--peak-tflops",
+        type=float,
+        default=989.4,
+        metavar="N",
+        help="peak rate of a GPU in bfloat16 (default: 989.4, H100 SXM)",
+    )
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        default=0.4,
+        metavar="SHARE",
+        help="share of the peak that is reached (default: 0.4)",
+    )
+    parser.add_argument(
+        "--train-images",
+        type=_positive,
+        metavar="N",
+        help="training images (default: those of CIFAR-10 or ImageNet-1k)",
+    )
 
 
 def _add_status(group: "argparse._SubParsersAction") -> None:

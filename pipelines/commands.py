@@ -4,7 +4,7 @@ import argparse
 import json
 import webbrowser
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,9 +13,13 @@ from drorae import recipes
 from drorae.config import field_docs, to_json
 from drorae.store.manifest import DamagedOutput, Manifest
 from drorae.store.workspace import Verify, Workspace
+from pipelines.cost_display import cost_json, print_cost
 from pipelines.display import format_duration
 from pipelines.plan import RunPlan, Step, configuration, make_plan
 from pipelines.run_command import report_uri
+
+if TYPE_CHECKING:
+    from drorae.cost.run import RunCost
 
 EXIT_DAMAGED = 1
 
@@ -23,9 +27,30 @@ EXIT_DAMAGED = 1
 def show_plan(options: argparse.Namespace, console: Console) -> int:
     """Print what a run would do with every stage."""
     plan = make_plan(options.request)
+    wants_cost = plan.full.compute.use_gpu and not options.json
+    cost = _cost(plan, options) if (wants_cost if options.cost is None else options.cost) else None
     if options.json:
-        console.print_json(json.dumps(_plan_json(plan)))
+        shown = {} if cost is None else {"cost": cost_json(cost, options.peak_tflops, options.mfu)}
+        console.print_json(json.dumps(_plan_json(plan) | shown))
         return 0
+    _print_plan(plan, console)
+    if cost is not None:
+        print_cost(cost, options.peak_tflops, options.mfu, console)
+    return 0
+
+
+def _cost(plan: RunPlan, options: argparse.Namespace) -> "RunCost | None":
+    """What would run; None if that is nothing."""
+    stages = [step.stage for step in plan.steps if step.must_run]
+    if not stages:
+        return None
+    # Builds all networks on the meta device: seconds, most of them for imports.
+    from drorae.cost.run import count_run
+
+    return count_run(plan.full, stages, options.train_images)
+
+
+def _print_plan(plan: RunPlan, console: Console) -> None:
     table = Table("stage", "would", "key", "time", "why", box=None, pad_edge=False)
     for step in plan.steps:
         table.add_row(
@@ -42,7 +67,6 @@ def show_plan(options: argparse.Namespace, console: Console) -> int:
             f"{len(costs)} stages to run: {format_duration(sum(known))} "
             f"by their last build{unknown}"
         )
-    return 0
 
 
 def _plan_json(plan: RunPlan) -> dict[str, Any]:
