@@ -18,8 +18,8 @@ def reconstruct(options: argparse.Namespace, console: Console) -> int:
     missing = [path for path in options.images if not Path(path).is_file()]
     if missing:
         raise FileNotFoundError(f"image {missing[0]} does not exist; expected an image file.")
-    _check_out(options.out)
-    outputs = _outputs(make_plan(options.request), TOKENIZER_STAGES)
+    check_out(options.out)
+    outputs = committed(make_plan(options.request), TOKENIZER_STAGES)
 
     from drorae.evaluation.grids import png_bytes  # torch takes seconds to import
     from drorae.evaluation.inference import load_tokenizer, reconstruct_files
@@ -30,9 +30,9 @@ def reconstruct(options: argparse.Namespace, console: Console) -> int:
 
 def sample(options: argparse.Namespace, console: Console) -> int:
     """Write generated images of one class."""
-    _check_out(options.out)
+    check_out(options.out)
     plan = make_plan(options.request)
-    outputs = _outputs(plan, TOKENIZER_STAGES + GENERATOR_STAGES)
+    outputs = committed(plan, TOKENIZER_STAGES + GENERATOR_STAGES)
     num_classes = plan.full.diffusion.model.num_classes
     if not 0 <= options.label < num_classes:
         raise ValueError(
@@ -57,9 +57,14 @@ def sample(options: argparse.Namespace, console: Console) -> int:
     return _write(options.out, png_bytes(image_grid([to_hwc(images.numpy())])), console)
 
 
-def _outputs(plan: RunPlan, names: tuple[str, ...]) -> dict[str, StageOutput]:
+def committed(plan: RunPlan, names: tuple[str, ...]) -> dict[str, StageOutput]:
+    """Outputs of a plan by stage.
+
+    Raises:
+        FileNotFoundError: If one is not there.
+    """
     workspace = Workspace(plan.request.workspace)
-    found = {name: workspace.find(name, plan.keys[name]) for name in names}
+    found = {n: workspace.find(n, plan.keys[n]) if n in plan.keys else None for n in names}
     missing = [name for name, output in found.items() if output is None]
     if missing:
         raise FileNotFoundError(
@@ -69,7 +74,7 @@ def _outputs(plan: RunPlan, names: tuple[str, ...]) -> dict[str, StageOutput]:
     return {name: output for name, output in found.items() if output is not None}
 
 
-def _check_out(path: str) -> None:
+def check_out(path: str) -> None:
     """Refuse a place that cannot be written before the networks are loaded."""
     if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
         raise ValueError(
