@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from drorae.store.manifest import DamagedOutput
-from pipelines import commands, models_command, run_command
+from pipelines import commands, models_command, release_command, run_command
 from pipelines.plan import Request, default_workspace
 
 EXIT_FAILED = 1
@@ -27,6 +27,8 @@ EXAMPLES = """examples:
   drorae plan --recipe smoke --set fusion.expert_hidden=512
   drorae status --verify
   drorae reconstruct photo.jpg --out compared.png
+  drorae import --recipe smoke --decoder model.pt --stats stat.pt
+  drorae export --recipe smoke --stage finetune --out decoder.pt
 """
 
 
@@ -46,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_assets(commands_of)
     _add_recipes(commands_of)
     _add_models(commands_of)
+    _add_release(commands_of)
     _add_report(commands_of)
     return parser
 
@@ -212,6 +215,32 @@ def _add_models(group: "argparse._SubParsersAction") -> None:
     sample.add_argument("--scale", type=float, help="guidance scale (default: the recipe's)")
     sample.add_argument("--out", default="samples.png", metavar="FILE")
     _add_configuration(sample)
+
+
+def _add_release(group: "argparse._SubParsersAction") -> None:
+    bring = _command(
+        group,
+        "import",
+        "make a released decoder the output of stage `decoder`",
+        release_command.import_decoder,
+    )
+    bring.add_argument(
+        "--decoder", required=True, metavar="FILE", help="weights in any of RAE's layouts, or s3://"
+    )
+    bring.add_argument("--stats", default="", metavar="FILE", help="its latent statistics")
+    _add_configuration(bring)
+    give = _command(
+        group, "export", "write a stage's averaged weights to a file", release_command.export
+    )
+    give.add_argument("--stage", required=True, choices=release_command.EXPORTED_STAGES)
+    give.add_argument("--out", required=True, metavar="FILE")
+    give.add_argument(
+        "--format",
+        choices=["rae", "safetensors"],
+        help="rae: a flat state dict as RAE's .pt files (default: by the name of FILE)",
+    )
+    give.add_argument("--stats", metavar="FILE", help="write the latent statistics here, too")
+    _add_configuration(give)
 
 
 def _add_report(group: "argparse._SubParsersAction") -> None:

@@ -10,7 +10,7 @@ from drorae.store.workspace import StageOutput, Workspace
 from pipelines.plan import RunPlan, make_plan
 
 TOKENIZER_STAGES = ("decoder", "fusion", "finetune")
-GENERATOR_STAGES = ("latents", "diffusion", "guide")
+GENERATOR_STAGES = ("latents", "diffusion")
 STRENGTH = ("autoguidance", "internal", "cfg")
 """Guided ways of sampling, the best of the papers first."""
 
@@ -20,8 +20,8 @@ def reconstruct(options: argparse.Namespace, console: Console) -> int:
     missing = [path for path in options.images if not Path(path).is_file()]
     if missing:
         raise FileNotFoundError(f"image {missing[0]} does not exist; expected an image file.")
-    _check_out(options.out)
-    outputs = _outputs(make_plan(options.request), TOKENIZER_STAGES)
+    check_out(options.out)
+    outputs = committed(make_plan(options.request), TOKENIZER_STAGES)
 
     from drorae.evaluation.grids import png_bytes  # torch takes seconds to import
     from drorae.evaluation.inference import load_tokenizer, reconstruct_files
@@ -32,9 +32,10 @@ def reconstruct(options: argparse.Namespace, console: Console) -> int:
 
 def sample(options: argparse.Namespace, console: Console) -> int:
     """Write generated images of one class."""
-    _check_out(options.out)
+    check_out(options.out)
     plan = make_plan(options.request)
-    outputs = _outputs(plan, TOKENIZER_STAGES + GENERATOR_STAGES)
+    guide = ("guide",) if "guide" in plan.keys else ()  # a recipe may have none
+    outputs = committed(plan, TOKENIZER_STAGES + GENERATOR_STAGES + guide)
     num_classes = plan.full.diffusion.model.num_classes
     if not 0 <= options.label < num_classes:
         raise ValueError(
@@ -64,10 +65,14 @@ def _strongest(guidances: tuple[str, ...]) -> str:
     return next((name for name in STRENGTH if name in guidances), "unguided")
 
 
-def _outputs(plan: RunPlan, names: tuple[str, ...]) -> dict[str, StageOutput]:
+def committed(plan: RunPlan, names: tuple[str, ...]) -> dict[str, StageOutput]:
+    """Outputs of a plan by stage.
+
+    Raises:
+        FileNotFoundError: If one is not there.
+    """
     workspace = Workspace(plan.request.workspace)
-    enabled = [name for name in names if name in plan.keys]  # a recipe may have no guide
-    found = {name: workspace.find(name, plan.keys[name]) for name in enabled}
+    found = {n: workspace.find(n, plan.keys[n]) if n in plan.keys else None for n in names}
     missing = [name for name, output in found.items() if output is None]
     if missing:
         raise FileNotFoundError(
@@ -77,7 +82,7 @@ def _outputs(plan: RunPlan, names: tuple[str, ...]) -> dict[str, StageOutput]:
     return {name: output for name, output in found.items() if output is not None}
 
 
-def _check_out(path: str) -> None:
+def check_out(path: str) -> None:
     """Refuse a place that cannot be written before the networks are loaded."""
     if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
         raise ValueError(

@@ -97,7 +97,7 @@ class RunPlan:
 
     def input_keys(self, stage: stages.Stage) -> dict[str, str]:
         """Return the keys of the inputs of a stage."""
-        return {name: self.keys[name] for name in stages.needs_of(stage, self.keys)}
+        return {name: self.keys[name] for name in stages.needs_of(self.full, stage, self.keys)}
 
 
 def default_workspace() -> str:
@@ -240,7 +240,7 @@ def _check_inputs(plan: RunPlan) -> None:
         if not step.must_run:
             continue
         stage = stages.find_stage(step.stage, stages.STAGES)
-        for name in stages.needs_of(stage, plan.keys):
+        for name in stages.needs_of(plan.full, stage, plan.keys):
             needed = by_name[name]
             if not needed.selected and needed.state != "present":
                 raise ValueError(

@@ -7,7 +7,7 @@ flow all read this table. Raise a stage's `version` when its code changes what i
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from drorae.config import to_json
@@ -26,6 +26,14 @@ def _with_guide(full: Any) -> bool:
     return "autoguidance" in full.evaluate.guidances
 
 
+def _is_trained(full: Any) -> bool:
+    return not full.decoder.released
+
+
+def _uses_imported_stats(full: Any) -> bool:
+    return full.latents.stats == "imported"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
     """One node of the graph.
@@ -37,6 +45,7 @@ class Stage:
         entry: `module:function` called as `function(ctx, **sections)`.
         version: Part of the key.
         enabled: Whether this configuration has the stage at all.
+        needs_if: Needs that only some configurations have: a name in `needs`, and when it counts.
         uses_ray: Whether a local Ray has to be up for it when no cluster is given.
     """
 
@@ -46,6 +55,7 @@ class Stage:
     entry: str
     version: int = 1
     enabled: Callable[[Any], bool] = _always
+    needs_if: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     uses_ray: bool = True
 
 
@@ -61,6 +71,7 @@ STAGES: tuple[Stage, ...] = (
         needs=("shard",),
         sections=("seed", "encoder", "decoder"),
         entry="drorae.training.stages:run_decoder",
+        needs_if={"shard": _is_trained},
     ),
     Stage(
         name="fusion",
@@ -83,9 +94,10 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="latents",
-        needs=("shard", "fusion"),
+        needs=("shard", "decoder", "fusion"),
         sections=("encoder", "latents"),
         entry="drorae.data.latents:run_latents",
+        needs_if={"decoder": _uses_imported_stats},
     ),
     Stage(
         name="diffusion",
@@ -150,9 +162,11 @@ def enabled_stages(full: Any, table: Sequence[Stage]) -> tuple[Stage, ...]:
     return tuple(stage for stage in topological(table) if stage.enabled(full))
 
 
-def needs_of(stage: Stage, enabled: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the needs of a stage that are enabled, in table order."""
-    return tuple(name for name in stage.needs if name in enabled)
+def needs_of(full: Any, stage: Stage, enabled: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the needs that a stage has in this configuration, in table order."""
+    return tuple(
+        name for name in stage.needs if name in enabled and stage.needs_if.get(name, _always)(full)
+    )
 
 
 def section_values(full: Any, stage: Stage) -> dict[str, Any]:
@@ -161,16 +175,25 @@ def section_values(full: Any, stage: Stage) -> dict[str, Any]:
 
 
 def section_json(full: Any, stage: Stage) -> dict[str, Any]:
-    """Return that part as JSON values: what the key covers."""
+    """Return that part as JSON values, as the manifest records it."""
     return {name: to_json(value) for name, value in section_values(full, stage).items()}
+
+
+def key_json(full: Any, stage: Stage) -> dict[str, Any]:
+    """Return what the key covers of it: a section with a method `for_key` says that itself."""
+    values = section_values(full, stage)
+    return {
+        name: to_json(value.for_key() if hasattr(value, "for_key") else value)
+        for name, value in values.items()
+    }
 
 
 def stage_keys(full: Any, table: Sequence[Stage] = STAGES) -> dict[str, str]:
     """Return the key of every enabled stage, in topological order."""
     keys: dict[str, str] = {}
     for stage in enabled_stages(full, table):
-        inputs = {name: keys[name] for name in needs_of(stage, keys)}
-        keys[stage.name] = stage_key(stage.name, stage.version, section_json(full, stage), inputs)
+        inputs = {name: keys[name] for name in needs_of(full, stage, keys)}
+        keys[stage.name] = stage_key(stage.name, stage.version, key_json(full, stage), inputs)
     return keys
 
 

@@ -98,6 +98,20 @@ class StageCost:
         return seconds / 3600
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A network on the path of a training step's gradients."""
+
+    network: NetworkCost
+    role: Role
+    autocast: bool = True
+    """Whether autocast covers it."""
+
+    def kept_bytes(self, precision: str) -> float:
+        halved = self.autocast and precision == "bfloat16"
+        return self.network.activation_bytes[self.role] * (0.5 if halved else 1.0)
+
+
 def tokenizer_cost(
     stage: str,
     job: TokenizerTraining,
@@ -114,7 +128,9 @@ def tokenizer_cost(
     encode = networks.encoder.forward_flops
     cached = job.hidden_states != "none"
     trained = fusion.step_flops(fusion_role) + networks.decoder.step_flops(decoder_role)
-    plain = _add({job.precision: trained + (0 if cached else encode)}, {"tf32": 3 * lpips})
+    # Encoder outside of autocast; cuDNN's convolutions use TF32 unless told otherwise.
+    plain = {job.precision: trained, "tf32": 3 * lpips}
+    plain = _add(plain, {"float32": 0 if cached else encode})
     guided, learning = _adversarial(job.adversarial, networks, fusion)
     starts = job.adversarial.in_steps(max(1, num_train_images // job.batch_images))
     share = {
@@ -126,11 +142,12 @@ def tokenizer_cost(
     total = _add(total, _times(guided, images * share["guided"]))
     total = _add(total, _times(learning, images * share["learning"]))
     if cached:
-        total = _add(total, {job.precision: encode * min(images, num_train_images)})
-    parts = [(fusion, fusion_role, True), (networks.decoder, decoder_role, True)]
-    parts += [(networks.lpips, "passed", False)] if lpips else []
-    parts += [(networks.critic_trunk, "passed", False)] if guided else []
-    parts += [(networks.critic_heads, "trained", False)] if guided else []
+        total = _add(total, {"float32": encode * min(images, num_train_images)})
+    parts = [_Part(fusion, fusion_role), _Part(networks.decoder, decoder_role)]
+    parts += [_Part(networks.lpips, "passed", autocast=False)] if lpips else []
+    if guided:
+        parts.append(_Part(networks.critic_trunk, "passed", autocast=False))
+        parts.append(_Part(networks.critic_heads, "trained", autocast=False))
     return StageCost(
         stage=stage,
         images=images,
@@ -146,7 +163,7 @@ def diffusion_cost(
     """The stages diffusion and guide."""
     step: Flops = {job.precision: network.step_flops("trained")}
     images = job.num_steps * job.batch_images
-    parts: list[tuple[NetworkCost, Role, bool]] = [(network, "trained", True)]
+    parts = [_Part(network, "trained")]
     return StageCost(
         stage=stage,
         images=images,
@@ -192,7 +209,7 @@ def _adversarial(
 
 
 def _memory(
-    parts: Sequence[tuple[NetworkCost, Role, bool]],
+    parts: Sequence[_Part],
     idle: Sequence[NetworkCost],
     batch_images: int,
     num_workers: int,
@@ -201,16 +218,15 @@ def _memory(
     """Memory of a training step.
 
     Args:
-        parts: Networks with their role, and whether autocast covers them.
+        parts: Networks on the path of gradients.
         idle: Networks that only hold weights.
         batch_images: Global batch.
         num_workers: GPUs.
         precision: Of autocast.
     """
-    values = sum(part.parameters for part, _, _ in parts) + sum(n.parameters for n in idle)
-    trained = FLOAT_BYTES * sum(part.trainable for part, role, _ in parts if role == "trained")
-    halved = 0.5 if precision == "bfloat16" else 1.0
-    kept = sum(n.activation_bytes[role] * (halved if cast else 1.0) for n, role, cast in parts)
+    values = sum(n.parameters for n in [*(part.network for part in parts), *idle])
+    trained = FLOAT_BYTES * sum(p.network.trainable for p in parts if p.role == "trained")
+    kept = sum(part.kept_bytes(precision) for part in parts)
 
     def on(workers: int) -> Memory:
         images = -(-batch_images // workers)

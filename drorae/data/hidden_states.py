@@ -166,6 +166,24 @@ def to_unit(images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "bat
     return images.to(torch.float32) / 255.0
 
 
+def hidden_in_step(
+    encoder: Callable[..., Tensor], blocks: tuple[int, ...]
+) -> Callable[[Tensor], Tensor]:
+    """Hidden states of a batch on its own device, rounded to float16 as all kept ones are.
+
+    For images that differ in every epoch: nothing goes through the CPU and nothing is kept.
+
+    Args:
+        encoder: `drorae.models.encoder.Encoder`, on the device of the images.
+        blocks: Block numbers to read; `drorae.models.fusion_config.blocks_read`.
+    """
+
+    def see(images: Tensor) -> Tensor:
+        return encoder(images, layers=blocks).to(torch.float16).to(torch.float32)
+
+    return see
+
+
 def encoder_digest(encoder: HiddenEncoder) -> str:
     """Digest of an encoder's configuration and weights.
 

@@ -2,7 +2,7 @@
 
 Sets whose pixels fit `keep_bytes` are decoded once and kept. Larger ones are unpacked per shard
 into one flat file of PNG bytes that is memory-mapped, and decoded on each read by a few threads
-(Pillow releases the interpreter lock).
+(Pillow releases the interpreter lock). Random crops of training images are in `random_crops`.
 """
 
 import functools
@@ -60,7 +60,7 @@ class ImageShards:
         self._names = output.names(f"{split}/", ".parquet")
         self._starts = np.cumsum([0, *counts[split]["shards"]])
         self._keep = len(self) * 3 * self.resolution_px**2 <= keep_bytes
-        self._parts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._png = PngColumn(output, split, "image", self._cache)
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode")
 
@@ -112,28 +112,50 @@ class ImageShards:
         return np.stack(list(self._pool.map(self._picture, ids.tolist())))
 
     def _picture(self, row: int) -> np.ndarray:
-        part = int(np.searchsorted(self._starts, row, side="right")) - 1
-        with self._lock:
-            data, offsets = self._part(part)
-        row -= int(self._starts[part])
-        return decode_png(data[offsets[row] : offsets[row + 1]].tobytes())
-
-    def _part(self, part: int) -> tuple[np.ndarray, np.ndarray]:
-        if part not in self._parts:
-            name = self._names[part]
-            folder = unpacked(
-                self._cache / "images" / self._output.entry(name).sha256,
-                lambda path: _unpack(self._local(name), path),
-            )
-            offsets = np.load(folder / "offsets.npy")
-            self._parts[part] = np.load(folder / "png.npy", mmap_mode="r"), offsets
-        return self._parts[part]
+        return decode_png(self._png.read(row))
 
     def _local(self, name: str) -> Path:
         return self._output.local(name, self._cache)
 
 
-def _unpack(shard: Path, folder: Path) -> None:
-    column = pq.read_table(shard, columns=["image"])["image"].to_pylist()
-    np.save(folder / "offsets.npy", np.cumsum([0, *(len(value) for value in column)]))
-    np.save(folder / "png.npy", np.frombuffer(b"".join(column), dtype=np.uint8))
+class PngColumn:
+    """The PNG files of one column of a split by row, memory-mapped once a shard is first used.
+
+    Args:
+        output: Output of the stage `shard`.
+        split: `train` or `val`.
+        column: Its name.
+        cache_path: Folder for the unpacked copies, which lie below it under the column's name.
+    """
+
+    def __init__(self, output: StageOutput, split: str, column: str, cache_path: Path) -> None:
+        self._output, self._column, self._cache = output, column, cache_path
+        self._names = output.names(f"{split}/", ".parquet")
+        self._starts = np.cumsum([0, *output.read_json("counts.json")[split]["shards"]])
+        self._parts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def read(self, row: int) -> bytes:
+        """One file; several threads may read at a time."""
+        part = int(np.searchsorted(self._starts, row, side="right")) - 1
+        with self._lock:
+            data, offsets = self._part(part)
+        row -= int(self._starts[part])
+        return data[offsets[row] : offsets[row + 1]].tobytes()
+
+    def _part(self, part: int) -> tuple[np.ndarray, np.ndarray]:
+        if part not in self._parts:
+            name = self._names[part]
+            folder = unpacked(
+                self._cache / f"{self._column}s" / self._output.entry(name).sha256,
+                lambda path: self._unpack(name, path),
+            )
+            offsets = np.load(folder / "offsets.npy")
+            self._parts[part] = np.load(folder / "png.npy", mmap_mode="r"), offsets
+        return self._parts[part]
+
+    def _unpack(self, name: str, folder: Path) -> None:
+        shard = self._output.local(name, self._cache)
+        column = pq.read_table(shard, columns=[self._column])[self._column].to_pylist()
+        np.save(folder / "offsets.npy", np.cumsum([0, *(len(value) for value in column)]))
+        np.save(folder / "png.npy", np.frombuffer(b"".join(column), dtype=np.uint8))

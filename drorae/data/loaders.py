@@ -1,8 +1,9 @@
 """Training batches from a start step on, prepared by a thread, with the wait measured.
 
 A batch is a function of (seed, step): a loader that starts at step 1000 gives what one from step 0
-gives there, for any number of workers. `latent_batches` mirrors half of the latents when the stage
-stored mirrored ones, by (seed, epoch, id).
+gives there, for any number of workers. `crop_batches` cuts a new crop of each image in each epoch,
+by (seed, epoch, id); hidden states are then left to the step. `latent_batches` mirrors half of the
+latents when the stage stored mirrored ones, likewise.
 """
 
 import queue
@@ -42,8 +43,9 @@ class TokenizerBatch:
     """Pixels in [0, 1]."""
     labels: Int[Tensor, " batch"]
     """Class of each image."""
-    hidden: Float[Tensor, "batch layers tokens dim"]
-    """Encoder hidden states, float32, deepest layer last."""
+    hidden: Float[Tensor, "batch layers tokens dim"] | None
+    """Encoder hidden states, float32, deepest layer last; none: the step computes them from
+    `images`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,21 @@ class ImageReader(Protocol):
         self, ids: np.ndarray
     ) -> tuple[UInt8[Tensor, "batch 3 height width"], Int[Tensor, " batch"]]:
         """Images and labels."""
+        ...
+
+
+@runtime_checkable
+class CropReader(Protocol):
+    """What is needed of `drorae.data.random_crops.RandomCrops`."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        ...
+
+    def read(
+        self, ids: np.ndarray, epoch: int
+    ) -> tuple[UInt8[Tensor, "batch 3 height width"], Int[Tensor, " batch"]]:
+        """Crops of that epoch and labels."""
         ...
 
 
@@ -178,7 +195,7 @@ class Batches(Generic[T]):
 
 def tokenizer_batches(
     images: ImageReader,
-    hidden: HiddenReader,
+    hidden: HiddenReader | None,
     *,
     seed: int,
     num_steps: int,
@@ -191,7 +208,7 @@ def tokenizer_batches(
 
     Args:
         images: Training images.
-        hidden: Hidden states of the same images.
+        hidden: Hidden states of the same images; none: the step computes them.
         seed: Seed of the sample order.
         num_steps: Steps of the whole training; the last one is `num_steps - 1`.
         global_batch: Images in a step, over all ranks.
@@ -207,8 +224,42 @@ def tokenizer_batches(
     def make(step: int) -> TokenizerBatch:
         _, positions, ids = pick.at(step)
         pixels, labels = images.read(ids)
-        states = hidden.read(ids).to(torch.float32)
+        states = hidden.read(ids).to(torch.float32) if hidden is not None else None
         return TokenizerBatch(step, positions, ids, to_unit(pixels), labels, states)
+
+    return _closing(make, start_step, num_steps)
+
+
+def crop_batches(
+    crops: CropReader,
+    *,
+    seed: int,
+    num_steps: int,
+    global_batch: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[TokenizerBatch]:
+    """Random crops of one rank, new ones in each epoch, without hidden states.
+
+    Args:
+        crops: Training images.
+        seed: Seed of the sample order.
+        num_steps: Steps of the whole training; the last one is `num_steps - 1`.
+        global_batch: Images in a step, over all ranks.
+        start_step: First step to deliver (continuing a run).
+        rank: This worker.
+        world_size: Number of workers.
+
+    Raises:
+        ValueError: The batch does not fit the data or does not divide over the ranks.
+    """
+    pick = _Picker(seed, len(crops), global_batch, rank, world_size)
+
+    def make(step: int) -> TokenizerBatch:
+        epoch, positions, ids = pick.at(step)
+        pixels, labels = crops.read(ids, epoch)
+        return TokenizerBatch(step, positions, ids, to_unit(pixels), labels, None)
 
     return _closing(make, start_step, num_steps)
 

@@ -1,5 +1,8 @@
 """Stage `shard`: raw images of any source become Parquet shards of square PNGs, train and val.
 
+Training shards may hold a second, uncropped copy of each picture, from which random crops are cut
+at load time; validation is always the square.
+
 Steps: list candidates; choose by hash; decode what was chosen (Ray Data, one task a chunk); choose
 again until every chosen
 one is good; write the shards (Ray Data, one task a shard). The bytes depend on the source and on
@@ -127,7 +130,7 @@ def _decode(
     results = map_shards(
         tasks,
         DecodeChunk,
-        (_chunks_uri(ctx), job.resolution_px, job.crop, limits),
+        (_chunks_uri(ctx), job.resolution_px, job.crop, limits, job.view_px),
         work_uri=ctx.work_uri,
         compute=ctx.compute,
         on_progress=lambda done, total: ctx.progress(
@@ -206,7 +209,7 @@ def _write_split(
     return map_shards(
         tasks,
         WriteShard,
-        (_chunks_uri(ctx), ctx.output_uri),
+        (_chunks_uri(ctx), ctx.output_uri, split == "train" and job.view_px is not None),
         work_uri=ctx.work_uri,
         compute=ctx.compute,
         on_progress=lambda done, total: ctx.progress(
@@ -232,6 +235,8 @@ def _finish(
         "source_images": len(listing.candidates),
         "source_digest": _short_digest([c.key for c in listing.candidates]),
     }
+    if job.view_px is not None:
+        counts["view_px"] = job.view_px
     lines = [json.dumps({"key": key, "reason": reason}) for key, reason in rejects]
     written = [
         FileEntry(name=e["name"], size_bytes=e["size_bytes"], sha256=e["sha256"])

@@ -7,7 +7,10 @@ settled, and `drorae.models.fusion_output` for the result.
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["FusionConfig"]
+__all__ = ["UNTRAINED_KINDS", "FusionConfig", "blocks_read"]
+
+UNTRAINED_KINDS = ("rae", "mean_last_k")
+"""Kinds without parameters: there is nothing to train or to store."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +88,12 @@ class FusionConfig:
                 f"fusion.aggregation={self.aggregation} has no meaning for "
                 f"fusion.kind={self.kind}: use energy."
             )
+
+
+def blocks_read(config: FusionConfig, block_numbers: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of an encoder's blocks that a fusion looks at: its other outputs need not be kept."""
+    count = 1 if config.kind == "rae" else config.deepest_layers
+    return block_numbers if count is None else block_numbers[-count:]
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

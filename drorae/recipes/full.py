@@ -49,7 +49,9 @@ class FullJob:
     def __post_init__(self) -> None:
         """Check what only the whole configuration can know."""
         self._check_tokens()
+        self._check_views()
         self._check_latents()
+        self._check_imported_stats()
         self._check_guidances()
 
     @property
@@ -75,6 +77,34 @@ class FullJob:
             raise ValueError(
                 f"the decoder draws {side_px} px (decoder.model.grid x patch_px) but "
                 f"shard.resolution_px={self.shard.resolution_px}: expected the same number."
+            )
+
+        given = (decoder.image_mean, decoder.image_std)
+        expected = (self.encoder.image_mean, self.encoder.image_std)
+        if given != expected:
+            raise ValueError(
+                f"decoder.model.image_mean, image_std = {given} differ from the encoder's "
+                f"{expected}: expected the same, since the decoder's output is image * std + mean."
+            )
+
+    def _check_views(self) -> None:
+        phases = {"fusion": self.fusion.train, "finetune": self.finetune.train}
+        phases |= {} if self.decoder.released else {"decoder": self.decoder.train}
+        for name, train in phases.items():
+            if train.view == "random_crop" and self.shard.view_px is None:
+                raise ValueError(
+                    f"{name}.train.view=random_crop needs whole training images: set "
+                    f"shard.view_px, for example {self.shard.resolution_px * 3 // 2}."
+                )
+
+    def _check_imported_stats(self) -> None:
+        if self.latents.stats != "imported":
+            return
+        if not self.decoder.released_stats or self.fusion.model.kind != "rae":
+            raise ValueError(
+                f"latents.stats=imported with fusion.model.kind={self.fusion.model.kind} and "
+                f"decoder.released_stats={self.decoder.released_stats!r}: expected kind rae, whose "
+                "latents the statistics belong to, and their file; or set latents.stats=computed."
             )
 
     def _check_latents(self) -> None:

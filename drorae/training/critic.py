@@ -33,7 +33,7 @@ class Critic:
 
     Args:
         discriminator: Maps images in [-1,1] to logits.
-        config: Weights and start steps.
+        config: Weights and starts, both in steps (`AdversarialConfig.in_steps`).
         num_steps: Length of the phase; the schedule counts the discriminator's own steps.
         world: Rank and device.
         seed: Seed of the run; augmentation draws are a function of (seed, step, rank).
@@ -48,10 +48,12 @@ class Critic:
         world: World,
         seed: int,
     ) -> None:
+        assert (config.start_epoch, config.learn_from_epoch) == (None, None), "resolve epochs first"
         self._module = discriminator.to(world.device)
         self._wrapped = wrap_ddp(self._module, world)
         self._config = config
-        self._num_steps = num_steps - config.learn_from_step
+        unlearned = config.learn_from_step if config.schedule_span == "learning" else 0
+        self._num_steps = num_steps - unlearned
         self._world = world
         self._seed = seed
         self._optimizer = build_optimizer(self._module, config.optim)

@@ -13,6 +13,7 @@ from drorae.models.decoder_config import DecoderConfig
 from drorae.models.discriminator_config import DiscriminatorConfig
 from drorae.models.dit_config import DiTConfig
 from drorae.models.fusion_config import FusionConfig
+from drorae.store.content import content_id
 
 __all__ = [
     "AdversarialConfig",
@@ -199,6 +200,30 @@ class DecoderStage:
     workspace."""
     released_stats: str = ""
     """Likewise the latent statistics released with it, which `latents.stats=imported` uses."""
+
+    def __post_init__(self) -> None:
+        """Check that statistics come with a decoder."""
+        if self.released_stats and not self.released:
+            raise ValueError(
+                f"decoder.released_stats={self.released_stats} without decoder.released: expected "
+                "the decoder that they were released with; set decoder.released too."
+            )
+
+    def for_key(self) -> object:
+        """What a key covers: of an import, the files' content and the sizes, but no training.
+
+        So a moved or renamed file, or another training section, gives the same key.
+
+        Raises:
+            FileNotFoundError: If a file is not there.
+        """
+        if not self.released:
+            return self
+        return {
+            "model": self.model,
+            "released": content_id(self.released),
+            "released_stats": content_id(self.released_stats),
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

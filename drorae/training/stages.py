@@ -15,18 +15,18 @@ from torch import nn
 from drorae.checkpoint import TrainingCheckpoints, load_weights, weights_bytes
 from drorae.config import from_json, to_json
 from drorae.data.assets import asset_path
-from drorae.data.hidden_states import HiddenStates, hidden_cache_path
+from drorae.data.hidden_states import HiddenStates, hidden_cache_path, hidden_in_step
 from drorae.data.images import ImageShards
 from drorae.data.latent_shards import LatentShards
-from drorae.data.loaders import latent_batches, tokenizer_batches
+from drorae.data.loaders import crop_batches, latent_batches, tokenizer_batches
+from drorae.data.random_crops import RandomCrops
 from drorae.losses.perceptual import load_perceptual
-from drorae.models.checkpoint_layout import import_decoder
 from drorae.models.decoder import Decoder, DecoderConfig
 from drorae.models.discriminator import build_discriminator
 from drorae.models.dit import DiT
 from drorae.models.encoder import Encoder, EncoderConfig, build_encoder
 from drorae.models.fusion import FusionConfig, build_fusion
-from drorae.store import files
+from drorae.models.fusion_config import UNTRAINED_KINDS, blocks_read
 from drorae.store.context import StageContext, StageResult
 from drorae.tracking import NullTracker, Tracker, connect
 from drorae.training.critic import Critic
@@ -41,6 +41,8 @@ from drorae.training.jobs import (
     TokenizerTraining,
 )
 from drorae.training.loop import LoopTools, TrainReport
+from drorae.training.released import commit_released
+from drorae.training.schedule import in_steps, schedule_record
 from drorae.training.tokenizer import (
     TokenizerBatch,
     TokenizerPhase,
@@ -67,7 +69,7 @@ def run_decoder(
 ) -> StageResult:
     """Train RAE's decoder on last-layer latents, or import a released one."""
     if decoder.released:
-        return _import_decoder(ctx, encoder, decoder)
+        return commit_released(ctx, encoder, decoder)
     sections = {"seed": seed, "encoder": encoder, "decoder": decoder}
     return _on_ray(ctx, _train_decoder, sections)
 
@@ -75,7 +77,9 @@ def run_decoder(
 def run_fusion(
     ctx: StageContext, *, seed: int, encoder: EncoderConfig, fusion: FusionStage
 ) -> StageResult:
-    """Train the fusion through the frozen decoder."""
+    """Train the fusion through the frozen decoder; kinds without parameters are only recorded."""
+    if fusion.model.kind in UNTRAINED_KINDS:
+        return _record_fusion(ctx, encoder, fusion)
     return _on_ray(ctx, _train_fusion, {"seed": seed, "encoder": encoder, "fusion": fusion})
 
 
@@ -118,9 +122,9 @@ def _train_decoder(
     frozen = build_encoder(encoder, asset_path)
     network = Decoder(decoder.model)
     phase = decoder_phase(ctx.stage, _build_fusion(RAE, frozen), network, world)
-    report = _run_phase(ctx, world, seed, frozen, decoder.train, phase)
+    report, schedule = _run_phase(ctx, world, seed, frozen, decoder.train, phase, RAE)
     settings = {"encoder": to_json(encoder), "model": to_json(decoder.model)}
-    return _write(ctx, world, "decoder", network, report, settings)
+    return _write(ctx, world, "decoder", network, report, settings | {"schedule": schedule})
 
 
 def _train_fusion(
@@ -132,9 +136,20 @@ def _train_fusion(
     phase = fusion_phase(
         network, load_decoder(ctx), world, adversarial=fusion.train.adversarial.weight > 0
     )
-    report = _run_phase(ctx, world, seed, frozen, fusion.train, phase)
+    report, schedule = _run_phase(ctx, world, seed, frozen, fusion.train, phase, fusion.model)
     settings = {"encoder": to_json(encoder), "model": to_json(fusion.model)}
-    return _write(ctx, world, "fusion", network, report, settings)
+    return _write(ctx, world, "fusion", network, report, settings | {"schedule": schedule})
+
+
+def _record_fusion(ctx: StageContext, encoder: EncoderConfig, fusion: FusionStage) -> StageResult:
+    """Output of a fusion that has no parameters: its configuration and an empty weights file."""
+    settings = {"encoder": to_json(encoder), "model": to_json(fusion.model)}
+    entries = [
+        ctx.put_bytes("fusion.safetensors", weights_bytes({})),
+        ctx.put_json("config.json", settings),
+        ctx.put_bytes("train_log.jsonl", b""),
+    ]
+    return StageResult(files=entries)
 
 
 def _train_decoder_on(
@@ -148,12 +163,15 @@ def _train_decoder_on(
 ) -> StageResult:
     torch.manual_seed(seed)
     frozen = build_encoder(encoder, asset_path)
-    fusion = _load_fusion(ctx, frozen) if use_fusion else _build_fusion(RAE, frozen)
+    kind = _fusion_config(ctx) if use_fusion else RAE
+    fusion = _build_fusion(kind, frozen)
+    if use_fusion:
+        fusion.load_state_dict(load_weights(str(ctx.inputs["fusion"].local("fusion.safetensors"))))
     network = load_decoder(ctx)
     phase = decoder_phase(ctx.stage, fusion, network, world)
-    report = _run_phase(ctx, world, seed, frozen, job, phase)
+    report, schedule = _run_phase(ctx, world, seed, frozen, job, phase, kind)
     settings = {"encoder": to_json(encoder), "model": to_json(network.config)}
-    return _write(ctx, world, "decoder", network, report, settings)
+    return _write(ctx, world, "decoder", network, report, settings | {"schedule": schedule})
 
 
 def _train_dit(ctx: StageContext, world: World, *, seed: int, job: DiffusionStage) -> StageResult:
@@ -174,27 +192,6 @@ def _train_dit(ctx: StageContext, world: World, *, seed: int, job: DiffusionStag
     return _write(ctx, world, "dit", model, report, settings)
 
 
-def _import_decoder(
-    ctx: StageContext, encoder: EncoderConfig, decoder: DecoderStage
-) -> StageResult:
-    """Commit released weights as this stage's output, after a strict check of every tensor."""
-    path = files.local_copy(decoder.released, ctx.compute.cache_path or None)
-    imported = import_decoder(path, heads=decoder.model.heads)
-    network = Decoder(decoder.model)
-    try:
-        network.load_state_dict(imported.state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"decoder.released={decoder.released} does not fit decoder.model: {error}. "
-            f"The file holds {to_json(imported.config)}."
-        ) from error
-    settings = {"encoder": to_json(encoder), "model": to_json(decoder.model)}
-    settings |= {"released": decoder.released}
-    weights = weights_bytes(network.state_dict())
-    entries = [ctx.put_bytes("decoder.safetensors", weights), ctx.put_json("config.json", settings)]
-    return StageResult(files=entries)
-
-
 def load_decoder(ctx: StageContext) -> Decoder:
     """The `decoder` stage's averaged weights in a network of its size."""
     output = ctx.inputs["decoder"]
@@ -209,13 +206,8 @@ def _build_fusion(config: FusionConfig, encoder: Encoder) -> nn.Module:
     )
 
 
-def _load_fusion(ctx: StageContext, encoder: Encoder) -> nn.Module:
-    output = ctx.inputs["fusion"]
-    fusion = _build_fusion(
-        from_json(FusionConfig, output.read_json("config.json")["model"]), encoder
-    )
-    fusion.load_state_dict(load_weights(str(output.local("fusion.safetensors"))))
-    return fusion
+def _fusion_config(ctx: StageContext) -> FusionConfig:
+    return from_json(FusionConfig, ctx.inputs["fusion"].read_json("config.json")["model"])
 
 
 class _Tools:
@@ -254,25 +246,46 @@ def _run_phase(
     encoder: Encoder,
     job: TokenizerTraining,
     phase: TokenizerPhase,
-) -> TrainReport:
-    """Give the loop its batches, losses and tools."""
+    fusion: FusionConfig,
+) -> tuple[TrainReport, dict[str, float]]:
+    """Give the loop its batches, losses and tools; returns its report and the schedule."""
     world.local_batch(job.batch_images, f"{ctx.stage}.batch_images")
     encoder = encoder.to(world.device)
     train, held_out = (_hidden_states(ctx, split, encoder, job) for split in ("train", "val"))
+    job = in_steps(job, len(train))
     train.fill(rank=world.rank, world_size=world.world_size, on_progress=_fill_progress(ctx, world))
     show = reconstruction_evaluator(phase, held_out)
     lpips = None
     if job.lpips_weight:
         lpips = load_perceptual(asset_path(f"lpips-{job.lpips_net}")).to(world.device)
-
-    def batches(start: int) -> Iterator[TokenizerBatch]:
-        order = _order(job, world, seed)
-        return tokenizer_batches(train.shards, train, start_step=start, **order)
-
+    blocks = blocks_read(fusion, encoder.config.block_numbers)
+    critic = _build_critic(job, world, seed)
     with _Tools(ctx, world, [show]) as tools:
-        return train_tokenizer(
-            job, phase, batches, lpips, tools, seed=seed, critic=_build_critic(job, world, seed)
+        report = train_tokenizer(
+            job,
+            phase,
+            _tokenizer_batches(ctx, job, world, seed, train),
+            lpips,
+            tools,
+            seed=seed,
+            critic=critic,
+            see=hidden_in_step(encoder, blocks),
         )
+    return report, schedule_record(job, len(train))
+
+
+def _tokenizer_batches(
+    ctx: StageContext, job: TokenizerTraining, world: World, seed: int, train: HiddenStates
+) -> Callable[[int], Iterator[TokenizerBatch]]:
+    """Batches from a step on: random crops, or the stored squares with their hidden states."""
+    order = _order(job, world, seed)
+    if job.view == "random_crop":
+        crops = RandomCrops(
+            ctx.inputs["shard"], seed=seed, cache_path=ctx.compute.cache_path or None
+        )
+        return lambda start: crop_batches(crops, start_step=start, **order)
+    kept = train if job.hidden_states != "none" else None
+    return lambda start: tokenizer_batches(train.shards, kept, start_step=start, **order)
 
 
 def _hidden_states(
@@ -326,7 +339,8 @@ def _write(
         ctx.put_json("config.json", settings),
         ctx.put_bytes("train_log.jsonl", log.encode()),
     ]
-    return StageResult(files=entries, metrics=_final_metrics(report.history))
+    schedule = {f"schedule/{k}": v for k, v in settings.get("schedule", {}).items()}
+    return StageResult(files=entries, metrics=_final_metrics(report.history) | schedule)
 
 
 def _final_metrics(history: list[dict[str, float]]) -> dict[str, float]:

@@ -60,8 +60,8 @@ class TokenizerBatch(Protocol):
         ...
 
     @property
-    def hidden(self) -> Float[Tensor, "batch layers tokens dim"]:
-        """Encoder hidden states of the images, deepest layer last."""
+    def hidden(self) -> Float[Tensor, "batch layers tokens dim"] | None:
+        """Encoder hidden states of the images, deepest layer last; none: the step computes them."""
         ...
 
 
@@ -152,6 +152,7 @@ def train_tokenizer(
     *,
     seed: int,
     critic: Critic | None = None,
+    see: Callable[[Tensor], Tensor] | None = None,
 ) -> TrainReport:
     """Train one phase to `job.num_steps`, continuing from the last checkpoint if there is one.
 
@@ -163,6 +164,7 @@ def train_tokenizer(
         tools: Checkpoints, logging, evaluation.
         seed: Seed of the run.
         critic: Discriminator with its optimiser; None trains without the adversarial term.
+        see: Frozen encoder, images on the device to hidden states; needed where batches bring none.
 
     Raises:
         RuntimeError: Loss or gradient not finite; raised before the weights change.
@@ -179,7 +181,8 @@ def train_tokenizer(
     )
     for batch in state.meter.timed(batches(state.step)):
         step = batch.step
-        images, hidden = batch.images.to(device), batch.hidden.to(device)
+        images = batch.images.to(device)
+        hidden = _hidden_of(batch, images, see)
         with torch.autocast(device.type, torch.bfloat16, enabled=job.precision == "bfloat16"):
             fused = phase.encode(hidden)
             noise_ids = step * job.batch_images + batch.positions
@@ -205,6 +208,17 @@ def train_tokenizer(
             state.history += _evaluate(tools, state)
         save_if_due(state, tools, job)
     return TrainReport(ema=state.ema, history=state.history)
+
+
+def _hidden_of(
+    batch: TokenizerBatch, images: Tensor, see: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    """Hidden states from the batch, or computed now, in float32 outside of any autocast."""
+    if batch.hidden is not None:
+        return batch.hidden.to(images.device)
+    assert see is not None, "batches without hidden states need an encoder"
+    with torch.no_grad():
+        return see(images)
 
 
 def _evaluate(tools: LoopTools, state: TrainState) -> list[dict[str, float]]:

@@ -16,7 +16,7 @@ def build_all(workspace: Path, full: fake.FakeJob, **fields: object) -> None:
     """Build every stage of the fake graph in this process."""
     store, keys = Workspace(str(workspace)), stages.stage_keys(full, fake.TABLE)
     for stage in stages.enabled_stages(full, fake.TABLE):
-        inputs = {name: keys[name] for name in stages.needs_of(stage, keys)}
+        inputs = {name: keys[name] for name in stages.needs_of(full, stage, keys)}
         ctx = StageContext(
             stage=stage.name,
             key=keys[stage.name],
