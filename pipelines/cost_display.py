@@ -1,5 +1,6 @@
 """The cost of a run as tables for a terminal, and as JSON."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -63,9 +64,9 @@ def _print_stages(cost: "RunCost", peak_tflops: float, mfu: float, console: Cons
     _line(
         console,
         f"{total:,.0f} GPU-hours at {mfu:g} of the peak: {peak_tflops:g} TFLOP/s in bfloat16, in "
-        "tf32 half of it, in float32 0.068 of it (as an H100). Counted: matrix products, "
-        "convolutions and attention; a step costs a trained network 3 forward passes, one that "
-        f"only passes gradients on 2, a frozen one 1. {cost.num_train_images:,} training images.",
+        "tf32 half of it, in float32 0.068 of it (as an H100). Counted on the meta device: matrix "
+        "products, convolutions and attention, forward and backward. "
+        f"{cost.num_train_images:,} training images.",
     )
 
 
@@ -97,7 +98,7 @@ def _print_storage(cost: "RunCost", console: Console) -> None:
     console.print(table)
 
 
-def _formats(flops: dict[str, float], unit: float, form: str) -> str:
+def _formats(flops: Mapping[str, float], unit: float, form: str) -> str:
     return ", ".join(f"{kind} {value / unit:{form}}" for kind, value in flops.items()) or "-"
 
 

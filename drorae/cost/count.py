@@ -21,10 +21,6 @@ __all__ = ["NetworkCost", "Role", "count_activations", "count_flops", "measure"]
 Role = Literal["trained", "passed", "frozen"]
 """trained: gradients of weights and input; passed: of the input only; frozen: none."""
 
-PASSES: dict[Role, int] = {"trained": 3, "passed": 2, "frozen": 1}
-"""Forward passes' worth of matrix products in a step: each backward product costs as much as the
-forward one; the first layer's is not needed, which is neglected."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkCost:
@@ -35,18 +31,24 @@ class NetworkCost:
     """Values in its weights, fixed tables included."""
     trainable: int
     """Those with gradients when it is trained."""
-    forward_flops: int
-    """FLOPs of one forward pass."""
+    step_flops: dict[Role, int]
+    """FLOPs of forward and backward pass, by role."""
     activation_bytes: dict[Role, int]
     """What autograd keeps of one image until the backward pass, in float32, by role."""
 
-    def step_flops(self, role: Role) -> int:
-        """FLOPs of one image in a training step."""
-        return PASSES[role] * self.forward_flops
+    @property
+    def forward_flops(self) -> int:
+        """FLOPs of one forward pass."""
+        return self.step_flops["frozen"]
 
 
 def measure(
-    name: str, module: nn.Module, inputs: tuple[Tensor, ...], *, parameters: int | None = None
+    name: str,
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    *,
+    parameters: int | None = None,
+    roles: tuple[Role, ...] = ("passed", "trained"),
 ) -> NetworkCost:
     """Count a module.
 
@@ -55,31 +57,40 @@ def measure(
         module: On the meta device, in eval mode; its parameters' `requires_grad` is what trains.
         inputs: Arguments for one image; gradients go to those of floating point.
         parameters: Number to show, where weights lie in buffers.
+        roles: Roles in which it occurs, beside frozen; each takes a backward pass to count.
     """
     counted = sum(parameter.numel() for parameter in module.parameters())
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     trainable = sum(parameter.numel() for parameter in trained)
+    flops: dict[Role, int] = {"frozen": count_flops(module, inputs)}
     kept: dict[Role, int] = {"frozen": 0}
-    kept["trained"] = count_activations(module, inputs)
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    kept["passed"] = count_activations(module, inputs)
+    for role in roles:
+        for parameter in trained:
+            parameter.requires_grad_(role == "trained")
+        flops[role] = count_flops(module, inputs, backward=True)
+        kept[role] = count_activations(module, inputs)
     for parameter in trained:
         parameter.requires_grad_(True)
     return NetworkCost(
         name=name,
         parameters=counted if parameters is None else parameters,
         trainable=trainable,
-        forward_flops=count_flops(module, inputs),
+        step_flops=flops,
         activation_bytes=kept,
     )
 
 
-def count_flops(forward: Callable[..., Any], inputs: tuple[Tensor, ...]) -> int:
-    """FLOPs of one call, without gradients."""
+def count_flops(
+    forward: Callable[..., Any], inputs: tuple[Tensor, ...], *, backward: bool = False
+) -> int:
+    """FLOPs of one call, with gradients of input and trained weights if `backward`."""
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        forward(*inputs)
+    with torch.set_grad_enabled(backward), counter:
+        output = forward(*(_leaf(x) if backward else x for x in inputs))
+        if backward:
+            parts = output if isinstance(output, list | tuple) else (output,)
+            wanted = [part for part in parts if part.requires_grad]
+            torch.autograd.backward(wanted, [torch.empty_like(part) for part in wanted])
     return int(counter.get_total_flops())
 
 
@@ -89,7 +100,7 @@ def count_activations(module: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     Attention is taken as a fused kernel that keeps query, key, value and output; on the meta device
     torch would write out the matrix of scores.
     """
-    inputs = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
+    inputs = tuple(_leaf(x) for x in inputs)
     weights = {_storage(tensor) for tensor in _tensors(module)}
     kept: dict[int, Tensor] = {}
 
@@ -103,6 +114,10 @@ def count_activations(module: nn.Module, inputs: tuple[Tensor, ...]) -> int:
         total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
         del output
     return total
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.is_floating_point())
 
 
 def _storage(tensor: Tensor) -> int:

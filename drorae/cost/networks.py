@@ -58,7 +58,7 @@ def count_encoder(config: EncoderConfig) -> NetworkCost:
         name=f"encoder {config.source.rpartition('/')[2]}",
         parameters=_size(encoder.backbone),
         trainable=0,
-        forward_flops=count_flops(encoder, (images,)),
+        step_flops={"frozen": count_flops(encoder, (images,))},
         activation_bytes={"frozen": 0},
     )
 
@@ -97,7 +97,7 @@ def count_discriminator(
         features = trunk(images)
         heads = Discriminator(config, DinoTrunk(config)).heads.eval()
     return (
-        measure("discriminator trunk", trunk, (images,)),
+        measure("discriminator trunk", trunk, (images,), roles=("passed",)),
         measure("discriminator heads", _Heads(heads), tuple(features)),
     )
 
@@ -108,7 +108,8 @@ def count_perceptual(net: Literal["vgg", "alex"], image_px: int) -> NetworkCost:
         loss = PerceptualLoss(_perceptual_weights(net))
         images = torch.empty(1, 3, image_px, image_px)
     total = sum(buffer.numel() for buffer in loss.buffers())
-    return measure(f"LPIPS {net}", _Features(loss), (images,), parameters=total)
+    features = _Features(loss)
+    return measure(f"LPIPS {net}", features, (images,), parameters=total, roles=("passed",))
 
 
 def count_dit(name: str, config: DiTConfig) -> NetworkCost:
@@ -118,7 +119,7 @@ def count_dit(name: str, config: DiTConfig) -> NetworkCost:
         shape = (1, config.in_channels, config.input_size, config.input_size)
         inputs = (torch.empty(shape), torch.empty(1), torch.zeros(1, dtype=torch.int64))
     forward = _WithBase(model) if config.base_head_after is not None else model
-    return measure(name, forward, inputs)
+    return measure(name, forward, inputs, roles=("trained",))
 
 
 class _Latent(nn.Module):

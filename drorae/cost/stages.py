@@ -1,6 +1,6 @@
 """FLOPs and memory of every stage, put together from its networks' counts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from drorae.cost.count import NetworkCost, Role
@@ -19,7 +19,7 @@ __all__ = [
     "tokenizer_cost",
 ]
 
-Flops = dict[str, float]
+Flops = Mapping[str, float]
 """FLOPs by number format of the matrix products: bfloat16, tf32, float32."""
 
 PEAK_SHARE = {"bfloat16": 1.0, "tf32": 0.5, "float32": 66.9 / 989.4}
@@ -124,13 +124,13 @@ def tokenizer_cost(
     fusion = networks.last_layer if stage in ("decoder", "control") else networks.fusion
     fusion_role: Role = "trained" if stage == "fusion" else "frozen"
     decoder_role: Role = "passed" if stage == "fusion" else "trained"
-    lpips = networks.lpips.forward_flops if job.lpips_weight else 0
+    pair = networks.lpips.step_flops["passed"] + networks.lpips.forward_flops
+    lpips = pair if job.lpips_weight else 0
     encode = networks.encoder.forward_flops
     cached = job.hidden_states != "none"
-    trained = fusion.step_flops(fusion_role) + networks.decoder.step_flops(decoder_role)
+    trained = fusion.step_flops[fusion_role] + networks.decoder.step_flops[decoder_role]
     # Encoder outside of autocast; cuDNN's convolutions use TF32 unless told otherwise.
-    plain = {job.precision: trained, "tf32": 3 * lpips}
-    plain = _add(plain, {"float32": 0 if cached else encode})
+    plain = _add({job.precision: trained, "tf32": lpips}, {"float32": 0 if cached else encode})
     guided, learning = _adversarial(job.adversarial, networks, fusion)
     starts = job.adversarial.in_steps(max(1, num_train_images // job.batch_images))
     share = {
@@ -161,7 +161,7 @@ def diffusion_cost(
     stage: str, job: DiffusionStage, network: NetworkCost, *, num_workers: int
 ) -> StageCost:
     """The stages diffusion and guide."""
-    step: Flops = {job.precision: network.step_flops("trained")}
+    step: Flops = {job.precision: network.step_flops["trained"]}
     images = job.num_steps * job.batch_images
     parts = [_Part(network, "trained")]
     return StageCost(
@@ -202,9 +202,9 @@ def _adversarial(
     if config.weight == 0:
         return {}, {}
     trunk, heads = networks.critic_trunk, networks.critic_heads
-    guided = trunk.step_flops("passed") + heads.step_flops("passed")
+    guided = trunk.step_flops["passed"] + heads.step_flops["passed"]
     fresh = fusion.forward_flops + networks.decoder.forward_flops  # a fake of the new weights
-    pair = 2 * (trunk.forward_flops + heads.step_flops("trained"))  # real and fake
+    pair = 2 * (trunk.forward_flops + heads.step_flops["trained"])  # real and fake
     return {"float32": float(guided)}, {"float32": float(fresh + pair)}
 
 
