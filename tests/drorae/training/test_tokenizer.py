@@ -285,3 +285,28 @@ def test_the_discriminators_schedule_spans_its_own_steps_or_the_phase(
 def test_crops_with_kept_states_are_refused() -> None:
     with pytest.raises(ValueError, match="hidden_states=disk cannot keep states"):
         dataclasses.replace(JOB, view="random_crop", hidden_states="disk")
+
+
+def test_states_that_a_batch_lacks_are_computed_outside_of_autocast(
+    tokenizer_batches: Callable, make_tools: Callable
+) -> None:
+    given, lacking = tokenizer_batches(6, 4), tokenizer_batches(6, 4)
+    states: dict[float, Tensor] = {}
+
+    def without(start: int) -> Any:
+        for batch in lacking(start):
+            states[float(batch.images.sum())] = batch.hidden
+            batch.hidden = None
+            yield batch
+
+    def see(images: Tensor) -> Tensor:
+        assert not torch.is_autocast_enabled("cpu")
+        assert not torch.is_grad_enabled()
+        return states[float(images.sum())]
+
+    job = dataclasses.replace(JOB, precision="bfloat16")
+    reports = [
+        train_tokenizer(job, make_phase("fusion"), batches, None, make_tools(), seed=0, see=see).ema
+        for batches in (given, without)
+    ]
+    assert all(torch.equal(value, reports[1][name]) for name, value in reports[0].items())
