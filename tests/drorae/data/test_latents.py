@@ -31,11 +31,14 @@ class Setting:
         sizes = {"input_px": 16, "patch_px": 4, "width": 32, "depth": 3}
         self.config = EncoderConfig(source=str(root / "encoder"), **sizes)
         self.encoder = build_encoder(self.config)
-        settings = FusionConfig(expert_hidden=8)
+        self.more_inputs: dict = {}
+        self.set_fusion(FusionConfig(expert_hidden=8))
+
+    def set_fusion(self, settings: FusionConfig) -> None:
         self.fusion = build_fusion(settings, 3, 32, layer_norm_eps=1e-6)
         for parameter in self.fusion.parameters():
             parameter.data.normal_(std=0.2)
-        ctx = context(root, "fusion")
+        ctx = context(self.root / settings.kind, "fusion")
         weights = safetensors.torch.save(self.fusion.state_dict())
         settings_json = {"encoder": to_json(self.config), "model": to_json(settings)}
         entries = [
@@ -44,8 +47,17 @@ class Setting:
         ]
         self.fused = committed(ctx, StageResult(files=entries))
 
+    def add_statistics(self, *shape: int) -> dict[str, torch.Tensor]:
+        """A decoder output with imported statistics of that shape."""
+        stats = {"mean": torch.randn(shape), "var": torch.rand(shape) + 0.5}
+        ctx = context(self.root / "imported", "decoder")
+        entries = [ctx.put_bytes("stats.safetensors", safetensors.torch.save(stats))]
+        self.more_inputs["decoder"] = committed(ctx, StageResult(files=entries))
+        return stats
+
     def run(self, name: str = "latents", **changes):
-        ctx = context(self.root / name, "latents", {"shard": self.shard, "fusion": self.fused})
+        inputs = {"shard": self.shard, "fusion": self.fused, **self.more_inputs}
+        ctx = context(self.root / name, "latents", inputs)
         latents = LatentJob(**{"batch_images": 4, **changes})
         result = run_latents(ctx, encoder=self.config, latents=latents, executor=run_in_process)
         return committed(ctx, result)
@@ -135,3 +147,27 @@ def test_wrong_requests_are_told(setting: Setting):
         shards.read(np.array([0]), np.array([True]))
     with pytest.raises(ValueError, match=r"latents\.batch_images"):
         LatentJob(batch_images=0)
+
+
+def test_imported_statistics_normalise_raes_latents(setting: Setting):
+    setting.set_fusion(FusionConfig(kind="rae"))
+    given = setting.add_statistics(32, 4, 4)
+    computed = LatentShards(setting.run("a"))
+    output = setting.run("b", stats="imported")
+    shards, ids = LatentShards(output), np.arange(3)
+    assert torch.equal(shards.stats["mean"], given["mean"])
+    assert torch.equal(shards.stats["var"], given["var"])
+    raw = shards.read(ids)[0] * torch.sqrt(given["var"] + 1e-5) + given["mean"]
+    np.testing.assert_allclose(raw.numpy(), setting.expected()[:3], atol=5e-3)
+    gap = (given["var"] - computed.stats["var"]).abs().mean().item()
+    assert output.manifest.metrics["latents/imported_var_gap"] == pytest.approx(gap, rel=1e-5)
+
+
+def test_statistics_of_other_latents_are_refused(setting: Setting):
+    setting.add_statistics(32, 4, 4)
+    with pytest.raises(ValueError, match="fusion of kind drorae"):
+        setting.run("a", stats="imported")
+    setting.set_fusion(FusionConfig(kind="rae"))
+    setting.add_statistics(32, 8, 8)
+    with pytest.raises(ValueError, match=r"shape \(32, 8, 8\).*\(32, 4, 4\)"):
+        setting.run("b", stats="imported")

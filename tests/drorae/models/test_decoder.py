@@ -129,3 +129,23 @@ def test_wrong_channels_and_shapes_are_named():
         DecoderConfig(grid=0)
     with pytest.raises(ValueError, match="no decoder"):
         decoder_preset("ViT-G")
+
+
+def test_a_fresh_decoder_starts_as_plain_pytorch_modules_do():
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(latent_channels=64, width=96, layers=2, heads=4, mlp_hidden=80))
+    linears = [m for m in decoder.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linears) == 2 + 2 * 6
+    for linear in linears:
+        # kaiming_uniform(a=sqrt 5): uniform within 1 / sqrt(fan in), for weight and bias
+        bound = linear.in_features**-0.5
+        assert linear.weight.abs().max() <= bound
+        # thousands of uniform draws: their deviation is known to a few percent
+        assert linear.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+        assert 0 < linear.bias.abs().max() <= bound
+    for norm in (m for m in decoder.modules() if isinstance(m, torch.nn.LayerNorm)):
+        assert norm.eps == 1e-12
+        assert (norm.weight == 1).all()
+        assert (norm.bias == 0).all()
+    assert (decoder.trainable_cls_token == 0).all()
+    assert "decoder_pos_embed" not in dict(decoder.named_parameters())

@@ -252,3 +252,44 @@ def test_the_default_configuration_is_the_paper_s_encoder():
     config = EncoderConfig()
     assert (config.grid, config.num_layers, config.width) == (16, 12, 768)
     assert from_json(EncoderConfig, to_json(config)) == config
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"dinov3_vit"}))
+def test_every_learned_position_table_is_resampled_to_another_grid(family):
+    small = build_random_encoder(family, input_px=28)  # 7 x 7 positions, as MAE's 14 x 14 at 256 px
+    fields = {**to_json(small.config), "input_px": 32}
+    large = Encoder(from_json(EncoderConfig, fields), small.backbone)
+    hidden = large(make_images(px=32))
+    assert hidden.shape == (2, 4, 64, 32)
+    assert torch.isfinite(hidden).all()
+
+
+def test_dinov2_positions_are_resampled_as_rae_states():
+    small = build_random_encoder("dinov2_with_registers", input_px=28)
+    large = Encoder(
+        from_json(EncoderConfig, {**to_json(small.config), "input_px": 32}), small.backbone
+    )
+    images = make_images(px=32)
+    embeddings = small.backbone.embeddings
+    table = embeddings.position_embeddings
+    with torch.no_grad():
+        patches = table[:, 1:].reshape(1, 7, 7, 32).permute(0, 3, 1, 2)
+        # bicubic, align_corners False, antialias True (RAE reference, section 1.2)
+        patches = F.interpolate(patches, (8, 8), mode="bicubic", antialias=True)
+        tokens = embeddings.patch_embeddings(large.prepare(images))
+        found = embeddings(large.prepare(images))
+        expected = tokens + patches.flatten(2).transpose(1, 2)
+        torch.testing.assert_close(found[:, 5:], expected)
+        torch.testing.assert_close(
+            found[:, 0], (embeddings.cls_token + table[:, :1])[0].expand(2, -1)
+        )
+        # registers get no position
+        torch.testing.assert_close(found[:, 1:5], embeddings.register_tokens.expand(2, -1, -1))
+
+
+def test_only_the_blocks_asked_for_are_kept():
+    encoder = build_random_encoder(depth=4)
+    with encoder._capture((4,)) as found:
+        encoder.backbone(pixel_values=encoder.prepare(make_images()))
+    assert found["hidden"].shape == (2, 1, 16, 32)
+    assert found["hidden"].untyped_storage().nbytes() == 2 * 16 * 32 * 4

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -230,3 +231,82 @@ def test_a_generator_that_starts_before_its_judge_is_refused() -> None:
         AdversarialConfig(weight=1.0, start_step=2, learn_from_step=5)
     with pytest.raises(ValueError, match="weight"):
         AdversarialConfig(weight=-1.0)
+
+
+def test_starts_in_epochs_become_steps() -> None:
+    config = AdversarialConfig(weight=1.0, start_epoch=8.0, learn_from_epoch=6.0)
+    found = config.in_steps(2502)
+    assert (found.start_step, found.learn_from_step) == (20_016, 15_012)
+    assert found.in_steps(7) == found
+    mixed = AdversarialConfig(weight=1.0, start_step=30, learn_from_epoch=1.5).in_steps(10)
+    assert (mixed.start_step, mixed.learn_from_step) == (30, 15)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"start_step": 5, "start_epoch": 1.0}, "start_step=5 and start_epoch=1.0 are both given"),
+        ({"learn_from_epoch": 2.0, "start_epoch": 1.0}, "learn_from_epoch=2.0 lies after"),
+        ({"start_epoch": -1.0}, "start_epoch=-1.0: expected 0 or more"),
+    ],
+)
+def test_starts_that_contradict_each_other_are_refused(
+    fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        AdversarialConfig(weight=1.0, **fields)
+    late = AdversarialConfig(weight=1.0, start_step=5, learn_from_epoch=1.0)
+    with pytest.raises(ValueError, match="learn_from_step=10 lies after start_step=5"):
+        late.in_steps(10)
+
+
+@pytest.mark.parametrize(("span", "last"), [("learning", 0.1), ("phase", 0.55)])
+def test_the_discriminators_schedule_spans_its_own_steps_or_the_phase(
+    span: Any, last: float
+) -> None:
+    optim = OptimConfig(lr=1.0, final_lr=0.1, schedule="linear", betas=(0.9, 0.95))
+    adversarial = AdversarialConfig(
+        weight=0.5,
+        discriminator=JUDGE,
+        start_step=50,
+        learn_from_step=50,
+        optim=optim,
+        schedule_span=span,
+    )
+    job = dataclasses.replace(JOB, num_steps=100, adversarial=adversarial)
+    critic = make_critic(job)
+    images = torch.rand(2, 3, 8, 8)
+    critic.update(images, images, 99)
+    # 49 of 50 or of 100 own steps lie behind: RAE's rate ends at about 0.4 of its start
+    rate = critic.state_dict()["optimizer"]["param_groups"][0]["lr"]
+    assert rate == pytest.approx(last, abs=0.02)
+
+
+def test_crops_with_kept_states_are_refused() -> None:
+    with pytest.raises(ValueError, match="hidden_states=disk cannot keep states"):
+        dataclasses.replace(JOB, view="random_crop", hidden_states="disk")
+
+
+def test_states_that_a_batch_lacks_are_computed_outside_of_autocast(
+    tokenizer_batches: Callable, make_tools: Callable
+) -> None:
+    given, lacking = tokenizer_batches(6, 4), tokenizer_batches(6, 4)
+    states: dict[float, Tensor] = {}
+
+    def without(start: int) -> Any:
+        for batch in lacking(start):
+            states[float(batch.images.sum())] = batch.hidden
+            batch.hidden = None
+            yield batch
+
+    def see(images: Tensor) -> Tensor:
+        assert not torch.is_autocast_enabled("cpu")
+        assert not torch.is_grad_enabled()
+        return states[float(images.sum())]
+
+    job = dataclasses.replace(JOB, precision="bfloat16")
+    reports = [
+        train_tokenizer(job, make_phase("fusion"), batches, None, make_tools(), seed=0, see=see).ema
+        for batches in (given, without)
+    ]
+    assert all(torch.equal(value, reports[1][name]) for name, value in reports[0].items())
