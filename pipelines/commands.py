@@ -13,7 +13,7 @@ from drorae import recipes
 from drorae.config import field_docs, to_json
 from drorae.store.manifest import DamagedOutput, Manifest
 from drorae.store.workspace import Verify, Workspace
-from pipelines.cost_display import cost_json, print_cost
+from pipelines.cost_display import check_rate, cost_json, print_cost
 from pipelines.display import format_duration
 from pipelines.plan import RunPlan, Step, configuration, make_plan
 from pipelines.run_command import report_uri
@@ -41,6 +41,7 @@ def show_plan(options: argparse.Namespace, console: Console) -> int:
 
 def _cost(plan: RunPlan, options: argparse.Namespace) -> "RunCost | None":
     """What would run; None if that is nothing."""
+    check_rate(options.peak_tflops, options.mfu)
     stages = [step.stage for step in plan.steps if step.must_run]
     if not stages:
         return None

@@ -24,14 +24,18 @@ def cost_json(cost: "RunCost", peak_tflops: float, mfu: float) -> dict[str, Any]
 
 def print_cost(cost: "RunCost", peak_tflops: float, mfu: float, console: Console) -> None:
     """Print networks, stages, memory and storage, each with its assumptions."""
-    _check_rate(peak_tflops, mfu)
     _print_networks(cost, console)
     _print_stages(cost, peak_tflops, mfu, console)
     _print_memory(cost, console)
     _print_storage(cost, console)
 
 
-def _check_rate(peak_tflops: float, mfu: float) -> None:
+def check_rate(peak_tflops: float, mfu: float) -> None:
+    """Refuse a rate that no GPU has.
+
+    Raises:
+        ValueError: A peak of 0 or less, or a share that is none.
+    """
     if not peak_tflops > 0 or not 0 < mfu <= 1:
         raise ValueError(
             f"--peak-tflops {peak_tflops} --mfu {mfu} make no rate: expected a positive peak and a "
