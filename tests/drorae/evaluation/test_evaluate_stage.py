@@ -6,14 +6,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from evaluation_fakes import build_tiny_features, output_of
+from evaluation_fakes import GRID, WIDTH, build_tiny_features, commit, output_of, write_module
 from PIL import Image
 
 from drorae.config import from_json, to_json
 from drorae.data.shard_map import run_in_process
 from drorae.evaluation import stages
 from drorae.evaluation.job import EvaluateJob, ReportJob
+from drorae.evaluation.report import render
+from drorae.evaluation.report_data import collect
 from drorae.evaluation.stages import run_evaluate, run_report
+from drorae.models.dit import DiT, DiTConfig
 from drorae.models.encoder import EncoderConfig
 from drorae.store import files
 from drorae.store.context import StageContext, StageResult
@@ -126,6 +129,35 @@ def test_without_control_guide_is_used_and_control_left_out(
     assert "control" not in found["reconstruction"]
     assert "finetune-control" not in found["differences"]
     assert "unguided@finetune" in found["generation"]
+
+
+def test_a_recipe_without_autoguidance_measures_its_base_head_instead(
+    evaluate, context: StageContext, tmp_path: Path
+) -> None:
+    config = DiTConfig(
+        input_size=GRID,
+        in_channels=WIDTH,
+        hidden_size=16,
+        depth=2,
+        num_heads=2,
+        num_classes=3,
+        base_head_after=1,
+    )
+    settings = {"model": to_json(config), "prediction": "clean"}
+    context.inputs["diffusion"] = commit(
+        tmp_path, "diffusion", write_module("dit", DiT(config), settings)
+    )
+    context.inputs.pop("guide")
+    ways = ("unguided", "internal")
+    result = evaluate(context, dataclasses.replace(JOB, guidances=ways, sampler="sde"))
+    found = read_metrics(context)
+    sets = {"unguided", "unguided@decoder", "internal", "reconstruction", "real"}
+    assert set(found["generation"]) == sets
+    assert found["meta"]["internal_scale"] == 1.78
+    inputs = {**context.inputs, "evaluate": output_of(context, result)}
+    page = render(collect(inputs, recipe="r", max_points=9), ReportJob())
+    assert "Internal guidance" in page
+    assert "generation/internal/fd" in result.metrics
 
 
 def test_more_photos_than_there_are_is_an_error(evaluate, context: StageContext) -> None:
