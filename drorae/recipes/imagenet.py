@@ -45,7 +45,7 @@ def imagenet256() -> FullJob:
     return FullJob(
         recipe="imagenet256",
         **imagenet_sections(256, "drorae"),
-        **_shared(),
+        **_shared(num_gpus=8),
         diffusion=_paper_stage(dit_preset("DiT-DH-XL"), num_epochs=80),
         guide=_paper_stage(dit_preset("DiT-DH-S"), num_epochs=14),
         evaluate=_evaluate(
@@ -76,7 +76,7 @@ def imagenet256_rae() -> FullJob:
     return FullJob(
         recipe="imagenet256_rae",
         **imagenet_sections(256, "drorae"),
-        **_shared(),
+        **_shared(num_gpus=32),
         diffusion=_rae_stage(dit_preset("DiT-DH-XL"), num_epochs=80),
         guide=_rae_stage(dit_preset("DiT-DH-S"), num_epochs=14),
         evaluate=_evaluate(
@@ -105,7 +105,7 @@ def imagenet256_raev2() -> FullJob:
     return FullJob(
         recipe="imagenet256_raev2",
         **imagenet_sections(256, "drorae"),
-        **_shared(),
+        **_shared(num_gpus=32),
         diffusion=_raev2_stage(dit_preset("DiT-DH-XL"), num_epochs=80),
         guide=_rae_stage(dit_preset("DiT-DH-S"), num_epochs=14),
         evaluate=_evaluate(
@@ -132,7 +132,7 @@ def imagenet512() -> FullJob:
     return FullJob(
         recipe="imagenet512",
         **imagenet_sections(512, "drorae"),
-        **_shared(batch_images=64),
+        **_shared(num_gpus=128, batch_images=64),
         diffusion=_rae_stage(dit_preset("DiT-DH-XL", input_size=32), num_epochs=400),
         guide=_rae_stage(dit_preset("DiT-DH-S", input_size=32), num_epochs=20),
         evaluate=_evaluate(
@@ -146,16 +146,20 @@ def imagenet512() -> FullJob:
     )
 
 
-def _shared(batch_images: int = 256) -> dict[str, Any]:
-    """Latents of both views, since RAE's second stage flips at random, and eight GPUs."""
+def _shared(*, num_gpus: int, batch_images: int = 256) -> dict[str, Any]:
+    """Latents of both views, since RAE's second stage flips at random, and GPUs of 80 GB.
+
+    As many as a batch needs, by the memory table of `drorae plan`. No result depends on
+    their number: `--set compute.num_workers=N`.
+    """
     return {
         "latents": LatentJob(batch_images=batch_images, flip=True),
         "compute": Compute(
-            num_workers=8,
+            num_workers=num_gpus,
             threads_per_worker=8,
             use_gpu=True,
-            data_actors=8,
-            parallel_stages=1,  # a stage takes all eight
+            data_actors=8,  # GPUs that encode and sample
+            parallel_stages=1,  # a stage takes all GPUs
             log_every_steps=50,
             save_every_steps=2500,
             save_every_s=1800.0,

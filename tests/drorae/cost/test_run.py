@@ -91,6 +91,13 @@ def test_memory_adds_up(paper: RunCost) -> None:
     assert (alone.buckets, alone.activations) == (0, 8 * one.activations)
 
 
+@pytest.mark.parametrize("name", ["imagenet256", "imagenet256_raev2", "imagenet512"])
+def test_every_stage_fits_gpus_of_80_gb(name: str) -> None:
+    cost = count_run(recipes.get(name), ALL)
+    totals = {stage.stage: stage.memory["ddp"].total for stage in cost.stages if stage.memory}
+    assert 20e9 < max(totals.values()) < 70e9  # room for the allocator
+
+
 def test_only_what_is_asked_for_is_counted_and_unneeded_networks_are_not_shown() -> None:
     full = recipes.get("cifar10")
     cost = count_run(full, ["diffusion"], num_train_images=123)
