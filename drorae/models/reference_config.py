@@ -61,7 +61,7 @@ DECODER_UNUSED = frozenset(
 """Keys of a `vit_mae` configuration that change nothing in evaluation."""
 
 
-def read_dit_config(fields: Mapping[str, Any], path: str = "model") -> DiTConfig:
+def read_dit_config(fields: Any, path: str = "model") -> DiTConfig:
     """Constructor fields of the reference as our configuration.
 
     Args:

@@ -109,7 +109,7 @@ class DiffusionPart(Part):
         value = self.settings.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{self.config_file}: {name}={value!r}; expected a number")
-        return value
+        return float(value)
 
     def _load(self, section: str, weights: str) -> DiT:
         if section not in self.settings:

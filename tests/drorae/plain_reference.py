@@ -6,6 +6,7 @@ helper. Folders for `drorae.parity` with other sizes and options are made with i
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,10 @@ def velocity(config: dict[str, Any], state: State, x: Tensor, t: Tensor, y: Tens
     rms, has_head = config.get("use_rmsnorm", True), isinstance(config["hidden_size"], list)
     depth, heads = pair(config["depth"])[0], pair(config["num_heads"])
     angles = t[:, None] * state["t_embedder.W"][None] * 2 * math.pi
-    te = linear(torch.cat([angles.sin(), angles.cos()], -1), state, "t_embedder.mlp.0")
-    te = linear(F.silu(te), state, "t_embedder.mlp.2")[:, None]
-    ye = state["y_embedder.embedding_table.weight"][y][:, None]
-    c = F.silu(te + ye) if has_head else te + ye
+    time = linear(torch.cat([angles.sin(), angles.cos()], -1), state, "t_embedder.mlp.0")
+    time = linear(F.silu(time), state, "t_embedder.mlp.2")[:, None]
+    label = state["y_embedder.embedding_table.weight"][y][:, None]
+    c = F.silu(time + label) if has_head else time + label
     s = embed(x, state, "s_embedder" if has_head else "x_embedder")
     s = s + state["pos_embed"] if "pos_embed" in state else s
     rope = sub_state(state, "enc_feat_rope." if has_head else "feat_rope.")
@@ -97,7 +98,7 @@ def velocity(config: dict[str, Any], state: State, x: Tensor, t: Tensor, y: Tens
         s = dit_block(s, c, sub_state(state, f"blocks.{i}."), rope, heads[0], rms)
     u, condition = s, c
     if has_head:
-        condition = F.silu(te + s)
+        condition = F.silu(time + s)
         if "s_projector.weight" in state:
             condition = linear(condition, state, "s_projector")
         u = embed(x, state, "x_embedder")
@@ -117,7 +118,7 @@ def velocity(config: dict[str, Any], state: State, x: Tensor, t: Tensor, y: Tens
 
 def sample(velocity_at: Any, noise: Tensor, grid: Tensor) -> Tensor:
     x = noise
-    for now, after in zip(grid[:-1], grid[1:], strict=True):
+    for now, after in pairwise(grid):
         x = x + (after - now) * velocity_at(x, now.expand(len(x)))
     return x
 
@@ -142,7 +143,8 @@ def dit_tensors(settings: dict[str, Any], state: State, weak: State | None, batc
     t, loss_t = torch.rand(2, batch, generator=generator).clone().unbind(0)
     labels = torch.randint(0, model["num_classes"], (batch,), generator=generator)
     null = torch.full_like(labels, model["num_classes"])
-    y = torch.cat([labels[:-1], null[:1]]) if model.get("class_dropout_prob", 0.1) else labels.clone()
+    has_null = model.get("class_dropout_prob", 0.1) > 0
+    y = torch.cat([labels[:-1], null[:1]]) if has_null else labels.clone()
     covered = torch.linspace(0, 0.999, settings["num_grid_points"])
     shift = settings["time_shift"]
     grid = shift * (1 - covered) / (1 + (shift - 1) * (1 - covered))
@@ -153,10 +155,15 @@ def dit_tensors(settings: dict[str, Any], state: State, weak: State | None, batc
     share = loss_t.view(-1, 1, 1, 1)
     mixed = (1 - share) * clean + share * eps
     out = {"x": x, "t": t.clone(), "y": y, "noise": noise, "labels": labels, "time_grid": grid}
-    out |= {"loss_clean": clean, "loss_noise": eps, "loss_t": loss_t.clone(), "velocity": strong(x, t, y)}
+    out |= {
+        "loss_clean": clean,
+        "loss_noise": eps,
+        "loss_t": loss_t.clone(),
+        "velocity": strong(x, t, y),
+    }
     out["loss"] = (strong(mixed, loss_t) - (eps - clean)).pow(2).mean()
     out["sample_unguided"] = sample(strong, noise, grid)
-    if model.get("class_dropout_prob", 0.1):
+    if has_null:
         cfg = lambda x, t: guided(settings, strong, strong, x, t, null)  # noqa: E731
         out["sample_cfg"] = sample(cfg, noise, grid)
     if weak is not None:
@@ -189,9 +196,7 @@ def decoder_block(x: Tensor, state: State, fields: dict[str, Any]) -> Tensor:
     eps, heads = fields["layer_norm_eps"], fields["heads"]
     y = norm(x, state, "layernorm_before", eps, rms=False)
     names = (f"attention.attention.{name}" for name in ("query", "key", "value"))
-    q, k, v = (
-        linear(y, state, n).reshape(*y.shape[:2], heads, -1).transpose(1, 2) for n in names
-    )
+    q, k, v = (linear(y, state, n).reshape(*y.shape[:2], heads, -1).transpose(1, 2) for n in names)
     mixed = attention(q, k, v).transpose(1, 2).reshape(x.shape)
     x = x + linear(mixed, state, "attention.output.dense")
     y = linear(norm(x, state, "layernorm_after", eps, rms=False), state, "intermediate.dense")

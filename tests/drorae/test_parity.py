@@ -375,9 +375,7 @@ def test_a_missing_file_skips_its_checks_and_says_so(file, skipped, tmp_path, ca
 
 def test_a_missing_input_fails_and_unknown_tensors_are_reported(tmp_path, capsys):
     folder = copy_golden(tmp_path)
-    edit_tensors(
-        folder / "dit_dh_io.safetensors", x=lambda v: None, sample_heun=torch.zeros(2)
-    )
+    edit_tensors(folder / "dit_dh_io.safetensors", x=lambda v: None, sample_heun=torch.zeros(2))
     status, lines = run(folder, capsys)
     assert status == 1
     assert "lacks 'x'" in lines["velocity"]

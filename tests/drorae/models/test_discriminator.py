@@ -109,9 +109,7 @@ def test_a_head_equals_one_made_of_torch_s_spectral_norm():
     head = make_discriminator().heads[0].train()
 
     def spectral(channels, out, kernel):
-        conv = torch.nn.Conv1d(
-            channels, out, kernel, padding=kernel // 2, padding_mode="circular"
-        )
+        conv = torch.nn.Conv1d(channels, out, kernel, padding=kernel // 2, padding_mode="circular")
         return torch.nn.utils.spectral_norm(conv, eps=1e-12)
 
     first, inner, last = spectral(16, 16, 1), spectral(16, 16, 3), spectral(16, 1, 1)
