@@ -243,9 +243,9 @@ def _check(scale: float, interval: Interval) -> None:
         raise ValueError(
             f"guidance scale={scale} is out of range: expected a finite number of 0 or more."
         )
-    if not 0 <= interval[0] < interval[1] <= 1:
+    if not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(
-            f"guidance interval={interval} is empty or out of range: expected 0 <= t_min < t_max "
+            f"guidance interval={interval} is empty or out of range: expected 0 <= t_min <= t_max "
             "<= 1 "
             "on the shifted time, where 1 is noise."
         )

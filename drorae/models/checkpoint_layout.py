@@ -26,6 +26,7 @@ __all__ = [
     "ImportReport",
     "ImportedDecoder",
     "LatentStats",
+    "check_tensors",
     "import_decoder",
     "load_latent_stats",
     "save_latent_stats",
@@ -202,27 +203,42 @@ def _infer_config(state: dict[str, Tensor], heads: int | None, path: Path) -> De
         mlp_hidden=state["decoder_layers.0.intermediate.dense.weight"].shape[0],
         grid=math.isqrt(state["decoder_pos_embed"].shape[1] - 1),
         patch_px=math.isqrt(state["decoder_pred.weight"].shape[0] // 3),
+        qkv_bias=any(key.endswith("attention.attention.query.bias") for key in state),
     )
 
 
 def _check_complete(state: dict[str, Tensor], config: DecoderConfig, path: Path) -> None:
     """Compare every name and shape with a decoder built without memory."""
     with torch.device("meta"):
-        expected = {key: value.shape for key, value in Decoder(config).state_dict().items()}
+        expected = Decoder(config).state_dict()
+    what = f"RAE decoder of {config.layers} layers, width {config.width}"
+    check_tensors(state, expected, f"{path} is no complete {what}")
+
+
+def check_tensors(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], complaint: str
+) -> None:
+    """Compare names and shapes of a file's tensors with those of a module's state dict.
+
+    Args:
+        state: What was read.
+        expected: State dict of the module, on any device.
+        complaint: Start of the error: which file, and what it is not.
+
+    Raises:
+        ValueError: If a tensor is missing, extra or misshapen; names the first of each.
+    """
     missing = sorted(expected.keys() - state.keys())
     extra = sorted(state.keys() - expected.keys())
     misshapen = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(shape)}"
-        for key, shape in expected.items()
-        if key in state and state[key].shape != shape
+        f"{key} {tuple(state[key].shape)} instead of {tuple(wanted.shape)}"
+        for key, wanted in expected.items()
+        if key in state and state[key].shape != wanted.shape
     ]
     problems = {"missing": missing, "unexpected": extra, "misshapen": misshapen}
     if any(problems.values()):
         text = "; ".join(f"{len(v)} {k} (first: {v[0]})" for k, v in problems.items() if v)
-        raise ValueError(
-            f"{path} is no complete RAE decoder of {config.layers} layers, width {config.width}: "
-            f"{text}; fetch or extract it again."
-        )
+        raise ValueError(f"{complaint}: {text}; fetch or extract it again.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,8 @@ linear layer. Sizes are in
 `drorae.models.decoder_config`; importing foreign files is in `drorae.models.checkpoint_layout`.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,6 +25,15 @@ from drorae.models.layers import (
 from drorae.shapes import Float, Tensor
 
 __all__ = ["Decoder", "DecoderConfig", "decoder_preset"]
+
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": F.relu,
+    "silu": F.silu,
+}
 
 
 class Decoder(nn.Module):
@@ -131,11 +142,11 @@ class Decoder(nn.Module):
 
 
 class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, qkv_bias: bool) -> None:
         super().__init__()
         self.heads = heads
         self.attention = nn.ModuleDict(
-            {name: nn.Linear(width, width) for name in ("query", "key", "value")}
+            {name: nn.Linear(width, width, bias=qkv_bias) for name in ("query", "key", "value")}
         )
         self.output = nn.ModuleDict({"dense": nn.Linear(width, width)})
 
@@ -145,12 +156,13 @@ class _Attention(nn.Module):
 
 
 class _Block(nn.Module):
-    """Pre-norm attention and exact-GELU MLP, under the names of transformers' ViT-MAE of 2022."""
+    """Pre-norm attention and MLP, under the names of transformers' ViT-MAE of 2022."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         width, hidden, eps = config.width, config.mlp_hidden, config.layer_norm_eps
-        self.attention = _Attention(width, config.heads)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.attention = _Attention(width, config.heads, config.qkv_bias)
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden)})
         self.output = nn.ModuleDict({"dense": nn.Linear(hidden, width)})
         self.layernorm_before = nn.LayerNorm(width, eps=eps)
@@ -158,5 +170,5 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.layernorm_before(x))
-        hidden = F.gelu(self.intermediate["dense"](self.layernorm_after(x)))
+        hidden = self.activation(self.intermediate["dense"](self.layernorm_after(x)))
         return x + self.output["dense"](hidden)

@@ -4,6 +4,7 @@ The network itself is in `drorae.models.decoder`.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from drorae.models.encoder_config import IMAGENET_MEAN, IMAGENET_STD
 
@@ -30,6 +31,10 @@ class DecoderConfig:
     """Pixels along one side that a token becomes; image side = grid * patch_px."""
     layer_norm_eps: float = 1e-12
     """LayerNorm epsilon. RAE: 1e-12, from the ViT-MAE configuration."""
+    qkv_bias: bool = True
+    """Whether query, key and value have a bias. RAE: true."""
+    hidden_act: Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"] = "gelu"
+    """Activation of the MLP under transformers' names; `gelu` is the exact one. RAE: gelu."""
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
     """The encoder's input mean; the output is image * std + mean. RAE: that of the encoder."""
     image_std: tuple[float, float, float] = IMAGENET_STD

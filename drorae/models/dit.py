@@ -184,13 +184,12 @@ class DiT(nn.Module):
     def _spread_over_head_tokens(
         self, condition: Float[Tensor, "batch tokens dim"]
     ) -> Float[Tensor, "batch fine dim"]:
-        """Give each head token the condition of the trunk patch in which it lies."""
+        """Repeat each trunk token for as many head tokens, along the row-major sequence.
+
+        So does the reference. The repeats follow rows, not the square under the trunk's patch.
+        """
         ratio = self.config.patches[0] // self.config.patches[1]
-        if ratio == 1:
-            return condition
-        grid = self.config.input_size // self.config.patches[0]
-        cells = condition.unflatten(1, (grid, grid))
-        return cells.repeat_interleave(ratio, 1).repeat_interleave(ratio, 2).flatten(1, 2)
+        return condition if ratio == 1 else condition.repeat_interleave(ratio**2, dim=1)
 
     def _dropped(
         self, labels: Tensor, drop: Tensor | None, generator: torch.Generator | None

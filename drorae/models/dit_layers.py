@@ -122,7 +122,8 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: Float[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
         """Embedding of one time per sample, in the type of the weights."""
         with _full_precision(t.device):
-            angles = 2 * math.pi * t[:, None] * self.W
+            # In the reference's order of products: the same float32 angles to the last bit.
+            angles = t[:, None] * self.W * 2 * math.pi
             features = torch.cat([angles.sin(), angles.cos()], dim=-1)
             return self.mlp(features.to(self.W.dtype))
 

@@ -151,7 +151,7 @@ def test_what_a_kind_needs_must_be_given(kind, message):
         ({"kind": "strong"}, "kind"),
         ({"scale": -1.0}, "scale"),
         ({"scale": float("inf")}, "scale"),
-        ({"t_min": 0.5, "t_max": 0.5}, "interval"),
+        ({"t_min": 0.6, "t_max": 0.5}, "interval"),
         ({"t_max": 1.5}, "interval"),
     ],
 )

@@ -104,6 +104,43 @@ def test_spectral_norm_equals_torch_s():
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
+def test_a_head_equals_one_made_of_torch_s_spectral_norm():
+    torch.manual_seed(0)
+    head = make_discriminator().heads[0].train()
+
+    def spectral(channels, out, kernel):
+        conv = torch.nn.Conv1d(channels, out, kernel, padding=kernel // 2, padding_mode="circular")
+        return torch.nn.utils.spectral_norm(conv, eps=1e-12)
+
+    first, inner, last = spectral(16, 16, 1), spectral(16, 16, 3), spectral(16, 1, 1)
+    for theirs, ours in ((first, head[0][0]), (inner, head[1].fn[0]), (last, head[2])):
+        theirs.load_state_dict(ours.state_dict())
+
+    def plain(x):
+        x = F.leaky_relu(F.instance_norm(first(x), eps=1e-6), 0.2)
+        x = (F.leaky_relu(F.instance_norm(inner(x), eps=1e-6), 0.2) + x) / 2**0.5
+        return last(x)
+
+    x = torch.randn(2, 16, 16)
+    for _ in range(3):  # each forward moves the power iteration
+        found, expected = head(x), plain(x)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    found.square().mean().backward()
+    expected.square().mean().backward()
+    for theirs, ours in ((first, head[0][0]), (inner, head[1].fn[0]), (last, head[2])):
+        torch.testing.assert_close(
+            ours.weight_orig.grad, theirs.weight_orig.grad, rtol=1e-4, atol=1e-6
+        )
+    torch.testing.assert_close(head.eval()(x), plain_in_eval(plain, first, inner, last, x))
+
+
+def plain_in_eval(plain, *parts_and_input):
+    *parts, x = parts_and_input
+    for part in parts:
+        part.eval()
+    return plain(x)
+
+
 def test_power_iterations_bring_the_largest_singular_value_to_one():
     torch.manual_seed(0)
     conv = SpectralConv1d(6, 4, 3).train()

@@ -55,23 +55,68 @@ def test_head_presets_have_the_parameters_of_the_reference(name, total, trainabl
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("DiT-S", 33.6), ("DiT-B", 131.7), ("DiT-L", 459.7), ("DiT-XL", 677.0)]
+    ("name", "millions", "total", "trainable"),
+    [
+        ("DiT-S", 33.6, 33_649_792, 33_551_232),
+        ("DiT-B", 131.7, 131_884_288, 131_687_424),
+        ("DiT-L", 459.7, 459_923_424, 459_661_024),
+        ("DiT-XL", 677.0, 677_248_384, 676_953_216),
+    ],
 )
-def test_plain_presets_have_the_parameters_of_the_reference(name, millions):
+def test_plain_presets_have_the_parameters_of_the_reference(name, millions, total, trainable):
     with torch.device("meta"):
         model = DiT(dit_preset(name))
-    assert round(count(model, lambda p: p.requires_grad) / 1e6, 1) == millions
+    assert count(model) == total
+    assert count(model, lambda p: p.requires_grad) == trainable
+    assert round(trainable / 1e6, 1) == millions  # as the reference lists them
+    width, depth = model.config.widths[0], model.config.depths[0]
+    hidden = int(2 / 3 * 4 * width)
+    block = 10 * width**2 + 13 * width + 3 * width * hidden + 2 * hidden
+    outside = 1001 * width + (768 * width + width) + (512 * width + width + width**2 + width)
+    final = width + 2 * (width**2 + width) + width * 768 + 768
+    assert trainable == depth * block + outside + final
+
+
+def linear_keys(*names):
+    return [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
+
+
+def reference_keys(num_blocks, has_head):
+    """The list of rae's state keys, section by section."""
+    prefixes = ("s_", "x_") if has_head else ("x_",)
+    keys = ["pos_embed", "t_embedder.W", "y_embedder.embedding_table.weight"]
+    keys += linear_keys("t_embedder.mlp.0", "t_embedder.mlp.2")
+    keys += linear_keys(*(f"{prefix}embedder.proj" for prefix in prefixes))
+    keys += linear_keys("s_projector") if has_head else []
+    for rope in ("enc_feat_rope", "dec_feat_rope") if has_head else ("feat_rope",):
+        keys += [f"{rope}.freqs_cos", f"{rope}.freqs_sin"]
+    keys += ["final_layer.norm_final.weight"]
+    keys += linear_keys("final_layer.linear", "final_layer.adaLN_modulation.1")
+    for i in range(num_blocks):
+        keys += [f"blocks.{i}.norm1.weight", f"blocks.{i}.norm2.weight"]
+        parts = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3", "adaLN_modulation.1")
+        keys += linear_keys(*(f"blocks.{i}.{part}" for part in parts))
+    return keys
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        *(("DiT-DH-S", 190), ("DiT-DH-B", 190), ("DiT-DH-L", 334), ("DiT-DH-XL", 382)),
+        *(("DiT-S", 160), ("DiT-B", 160), ("DiT-L", 304), ("DiT-XL", 352)),
+    ],
+)
+def test_state_keys_are_those_of_the_reference(name, keys):
+    with torch.device("meta"):
+        model = DiT(dit_preset(name))
+    expected = reference_keys(sum(model.config.depths), model.config.has_head)
+    assert set(model.state_dict()) == set(expected)
+    assert len(model.state_dict()) == len(expected) == keys
 
 
 def test_unknown_preset_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"DiT-DH-M.*DiT-DH-XL"):
         dit_preset("DiT-DH-M")
-
-
-def test_plain_model_has_the_reference_keys():
-    keys = set(DiT(TINY_PLAIN).state_dict())
-    assert {"feat_rope.freqs_cos", "x_embedder.proj.weight", "blocks.1.mlp.w12.bias"} <= keys
-    assert not [k for k in keys if k.startswith(("s_", "enc_", "dec_", "base_"))]
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_PLAIN])
@@ -173,12 +218,11 @@ def test_the_class_reaches_the_head_only_through_the_trunk():
     torch.testing.assert_close(model(noisy, t, one), model(noisy, t, other), rtol=0, atol=0)
 
 
-def test_coarse_trunk_tokens_drive_the_head_tokens_of_their_own_patch():
+def test_coarse_trunk_tokens_repeat_along_the_sequence_of_the_head():
     model = DiT(dataclasses.replace(TINY, patch_size=(2, 1)))
     condition = torch.arange(4.0).view(1, 4, 1)
     fine = model._spread_over_head_tokens(condition).view(4, 4)
-    expected = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]])
-    torch.testing.assert_close(fine, expected.float())
+    torch.testing.assert_close(fine, torch.arange(4.0)[:, None].expand(4, 4))
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_PLAIN])

@@ -157,14 +157,34 @@ def test_at_the_start_a_narrow_expert_is_a_projection_within_the_bound():
 
 
 def test_weights_are_signed_unit_norm_or_a_distribution():
-    hidden = make_hidden()
-    energy = shuffle_parameters(make_fusion())(hidden).weights
+    hidden, ones = make_hidden().double(), torch.ones(2, 16, dtype=torch.float64)
+    energy = shuffle_parameters(make_fusion(energy_eps=0.0)).double()(hidden).weights
     assert (energy < 0).any()
-    torch.testing.assert_close(energy.norm(dim=-1), torch.ones(2, 16))
+    torch.testing.assert_close(energy.norm(dim=-1), ones)
     for aggregation in ("softmax", "cross_attention"):
-        weights = shuffle_parameters(make_fusion(aggregation=aggregation))(hidden).weights
+        fusion = shuffle_parameters(make_fusion(aggregation=aggregation)).double()
+        weights = fusion(hidden).weights
         assert (weights >= 0).all()
-        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 16))
+        torch.testing.assert_close(weights.sum(-1), ones)
+
+
+def test_signed_weights_reach_what_a_distribution_cannot():
+    fusion, hidden = make_fusion(energy_eps=0.0).double(), make_hidden().double()
+    with torch.no_grad():
+        fusion.router.linear.weight.zero_()
+        fusion.router.linear.bias.copy_(torch.tensor([0.0, 0.0, 0.0, -1.0]))
+    experts = fusion.experts(F.layer_norm(hidden, (32,), eps=EPS))
+    opposite = token_angles_deg(fusion(hidden).fused, experts[:, -1])
+    torch.testing.assert_close(opposite, torch.full_like(opposite, 180.0))
+    mean = experts.mean(1)
+    softmax = shuffle_parameters(make_fusion(aggregation="softmax")).double()
+    own = softmax.experts(F.layer_norm(hidden, (32,), eps=EPS))
+    mixed = torch.einsum("bnl,blnc->bnc", softmax(hidden).weights, own)
+    # Convex: along any direction no further than the furthest expert.
+    along = torch.einsum("blnc,bnc->bln", own, mean)
+    reached = (mixed * mean).sum(-1)
+    assert (reached <= along.amax(1) + 1e-9).all()
+    assert (reached >= along.amin(1) - 1e-9).all()
 
 
 def test_without_increment_the_latent_is_the_fused_one():
@@ -263,10 +283,17 @@ def test_parameters_fit_table_8_to_the_rounding_of_the_paper(hidden):
 def test_parameters_by_number_of_layers_follow_the_formula(layers):
     counts = count(layers=layers)
     formula = layers * (768 * 3072 * 2 + 3072 + 768) + 768 * layers**2 + layers
-    print(  # noqa: T201 - shown with -s: Table 9's axis
-        f"deepest {layers:2d}: total {counts['total'] / 1e6:.3f}M, formula {formula / 1e6:.3f}M"
+    # The paper counts only the last row of Table 9; the others are its formula.
+    paper = "56.7M" if layers == 12 else "   - "
+    print(  # noqa: T201 - shown with -s: the paper's column beside ours
+        f"deepest {layers:2d}: paper {paper} ours: experts {counts['experts'] / 1e6:.3f} "
+        f"hidden norm {counts['hidden_norm'] / 1e6:.3f} router {counts['router'] / 1e6:.3f} "
+        f"total {counts['total'] / 1e6:.3f}M, formula {formula / 1e6:.3f}M"
     )
-    assert counts["total"] == formula + 2 * 3072 * layers
+    assert counts["experts"] + counts["router"] == formula
+    assert counts["hidden_norm"] == 2 * 3072 * layers
+    if layers == 12:
+        assert abs(counts["experts"] / 1e6 - 56.7) < 0.05
 
 
 def test_the_29m_of_the_abstract_is_a_hidden_width_of_1536():

@@ -3,8 +3,6 @@ from typing import Any, Literal, get_args
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from drorae.training.ema import averaged, ema_init, ema_state_dict, ema_update
@@ -35,10 +33,11 @@ def test_linear_schedule_holds_before_it_decays() -> None:
     assert math.isclose(learning_rate(config, 75, 100), 0.5)
 
 
-@given(st.integers(0, 500), st.sampled_from(get_args(Schedule)))
-def test_learning_rate_stays_between_its_ends(step: int, schedule: Schedule) -> None:
+@pytest.mark.parametrize("schedule", get_args(Schedule))
+def test_learning_rate_stays_between_its_ends(schedule: Schedule) -> None:
     config = OptimConfig(lr=1.0, final_lr=0.1, schedule=schedule, hold_steps=10)
-    assert 0.1 - 1e-12 <= learning_rate(config, step, 300) <= 1.0
+    for step in range(501):
+        assert 0.1 - 1e-12 <= learning_rate(config, step, 300) <= 1.0
 
 
 def test_clip_measures_the_norm_before_clipping() -> None:
