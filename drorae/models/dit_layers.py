@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from drorae.models.matmul import Linear
 from drorae.models.rotary import RotaryPositions
 from drorae.shapes import Float, Int, Tensor
 
@@ -110,7 +111,7 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         self.W = nn.Parameter(torch.randn(NUM_FREQUENCIES), requires_grad=False)
         self.mlp = nn.Sequential(
-            nn.Linear(2 * NUM_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)
+            Linear(2 * NUM_FREQUENCIES, width), nn.SiLU(), Linear(width, width)
         )
 
     def reset(self) -> None:
@@ -183,10 +184,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int, *, use_qknorm: bool, use_rmsnorm: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         norm = (RmsNorm if use_rmsnorm else nn.LayerNorm) if use_qknorm else nn.Identity
         self.q_norm, self.k_norm = norm(width // num_heads), norm(width // num_heads)
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(
         self, tokens: Float[Tensor, "batch tokens dim"], rotary: RotaryPositions | None
@@ -216,8 +217,8 @@ class SwiGlu(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.w12 = nn.Linear(width, 2 * hidden)
-        self.w3 = nn.Linear(hidden, width)
+        self.w12 = Linear(width, 2 * hidden)
+        self.w3 = Linear(hidden, width)
 
     def forward(self, tokens: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Apply to each token."""
@@ -235,8 +236,8 @@ class GeluMlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, tokens: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Apply to each token."""
@@ -244,7 +245,7 @@ class GeluMlp(nn.Module):
 
 
 def _build_modulation(width: int, num_chunks: int) -> nn.Sequential:
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, num_chunks * width))
+    return nn.Sequential(nn.SiLU(), Linear(width, num_chunks * width))
 
 
 def _make_zero(linear: nn.Module) -> None:
@@ -325,7 +326,7 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, num_values: int, *, use_rmsnorm: bool) -> None:
         super().__init__()
         self.norm_final = _build_norm(width, use_rmsnorm)
-        self.linear = nn.Linear(width, num_values)
+        self.linear = Linear(width, num_values)
         self.adaLN_modulation = _build_modulation(width, 2)
 
     def reset(self) -> None:
