@@ -40,7 +40,8 @@ EMBEDDING_STD = 0.02  # DiT: label table and time MLP
 
 def _full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Autocast switched off, on devices that know autocast (the meta device does not)."""
-    if torch.amp.is_autocast_available(device.type):
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
@@ -160,6 +161,8 @@ class RmsNorm(nn.Module):
 
     def forward(self, states: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Normalise the last axis."""
+        if states.dtype in (torch.float32, torch.float64) and states.dtype == self.weight.dtype:
+            return F.rms_norm(states, self.weight.shape, self.weight, NORM_EPS)
         wide = states.to(torch.promote_types(states.dtype, torch.float32))
         normed = F.rms_norm(wide, self.weight.shape, eps=NORM_EPS).to(states.dtype)
         return normed * self.weight
@@ -310,8 +313,10 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulation(
             self.adaLN_modulation, condition, 6
         )
-        tokens = tokens + gate_a * self.attn(self.norm1(tokens) * (1 + scale_a) + shift_a, rotary)
-        return tokens + gate_m * self.mlp(self.norm2(tokens) * (1 + scale_m) + shift_m)
+        seen = torch.addcmul(shift_a, self.norm1(tokens), 1 + scale_a)
+        tokens = torch.addcmul(tokens, gate_a, self.attn(seen, rotary))
+        seen = torch.addcmul(shift_m, self.norm2(tokens), 1 + scale_m)
+        return torch.addcmul(tokens, gate_m, self.mlp(seen))
 
 
 class FinalLayer(nn.Module):
@@ -341,4 +346,4 @@ class FinalLayer(nn.Module):
     ) -> Float[Tensor, "batch tokens values"]:
         """Patch values of each token."""
         shift, scale = _modulation(self.adaLN_modulation, condition, 2)
-        return self.linear(self.norm_final(tokens) * (1 + scale) + shift)
+        return self.linear(torch.addcmul(shift, self.norm_final(tokens), 1 + scale))

@@ -3,7 +3,8 @@
 PyTorch sends float32 products on x86 to MKL, which runs at half speed on AMD's processors: measured
 2026-11-24 on one core of an AMD EPYC (Zen 5, torch 2.15), 768 x 3072 on 1024 rows: MKL 108
 GFLOP/s, oneDNN 238. Both sum in float32, in another order, so results agree to rounding. Under
-autocast, in other types, on other devices and inside torch.compile nothing changes.
+autocast, in other types, on other devices, inside torch.compile and with
+`torch.backends.mkldnn.enabled` off nothing changes.
 
 Trade-off: oneDNN's product is an internal operator of PyTorch (`mkldnn::_linear_pointwise`, there
 for torch.compile); a build without it takes the ordinary path.
@@ -85,11 +86,12 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _suits_onednn(first: Tensor, second: Tensor, multiplications: int) -> bool:
     return (
-        first.device.type == "cpu"
+        multiplications >= MIN_MULTIPLICATIONS
+        and first.device.type == "cpu"
         and first.dtype == second.dtype == torch.float32
-        and multiplications >= MIN_MULTIPLICATIONS
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
