@@ -101,7 +101,9 @@ class _ExpertMixture(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - hidden by the decorator
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
         features, mixing, *saved = ctx.saved_tensors
         stacked, kept = ExpertParameters(*saved[:6]), saved[6:]
         grads = ExpertParameters(*(torch.empty_like(p) for p in stacked))

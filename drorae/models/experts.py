@@ -5,7 +5,8 @@ batched matrix products; `drorae.models.expert_mixture` has their arithmetic.
 
 Start: every expert begins as the identity on its normalised layer (exactly when `expert_hidden` is
 at least twice the width, or the width without activation; otherwise a projection on a random
-subspace), and the router begins with weight 1 on the last layer and almost 0 elsewhere. So z_fuse
+subspace, of half the rank of `expert_hidden`, or of all of it where that is less than half the
+width), and the router begins with weight 1 on the last layer and almost 0 elsewhere. So z_fuse
 starts as z_base and step 0 reconstructs like RAE. The paper gives no initialisation; a zero last
 matrix is not usable, because LayerNorm of zeros has gradients of order 1 / sqrt(eps).
 """
@@ -29,6 +30,7 @@ __all__ = ["Experts", "LayerAttention", "Router", "depth_groups", "router_view",
 ROUTER_INIT_STD = (
     0.02  # of one raw weight on unit-variance input: turns z_final by less than 1 degree
 )
+GELU_SHIFT = 3.0  # GELU(n + 3) of unit-variance n is a straight line to 3 percent
 SOFTMAX_LAST_LOGIT = 6.0  # softmax over 12 layers: 0.97 on the last
 
 
@@ -69,8 +71,14 @@ class Experts(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start every expert as the identity, or as a projection where it is too narrow."""
+        dim, hidden = self.up_weight.shape[1:]
+        is_shifted = self.activation == "gelu" and hidden < dim / 2
+        paired = self.activation == "gelu" and not is_shifted
         for up, down in zip(self.up_weight, self.down_weight, strict=True):
-            _fill_identity(up, down, paired=self.activation == "gelu")
+            _fill_identity(up, down, paired=paired)
+        self.norm_bias.fill_(GELU_SHIFT if is_shifted else 0.0)
+        level = F.gelu(self.norm_bias) if is_shifted else self.norm_bias
+        self.down_bias.copy_(-level @ self.down_weight)
 
     def forward(
         self, normalised: Float[Tensor, "batch layers tokens dim"]
@@ -115,7 +123,8 @@ def _fill_identity(up: Tensor, down: Tensor, paired: bool) -> None:
 
     GELU(a) - GELU(-a) = a, so columns that come as (q, -q) with weights (q, -q) behind them pass
     q.x unchanged; opposite columns also keep the hidden mean at 0, so that the hidden LayerNorm
-    only scales. Without activation single columns do. Remaining columns are random features with no
+    only scales. Without activation single columns do, and with the hidden units moved to where GELU
+    is almost straight. Remaining columns are random features with no
     weight yet. Columns have norm 1: unit-variance output on normalised input.
     """
     dim, hidden = up.shape

@@ -1,5 +1,6 @@
 """The fusion, forward and backward, against the loop over layers."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,7 +79,10 @@ def rows(device: torch.device, sizes: str, precision: str, repeats: int) -> Iter
                 TOLERANCE[precision],
             )
         modules = {"ours": fusion, "plain": plain}
-        runs = {n: lambda m=m: step(m, states, arriving, precision) for n, m in modules.items()}
+        runs = {
+            name: functools.partial(step, module, states, arriving, precision)
+            for name, module in modules.items()
+        }
         seconds = interleaved(runs, repeats, device)
         memory = {name: peak_memory_mib(run, device) for name, run in runs.items()}
         yield {
