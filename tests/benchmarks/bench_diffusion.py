@@ -58,7 +58,7 @@ TRAINING = {
 }
 SAMPLING = {
     "tiny": [("tiny", TINY, 2)],
-    "small": [("smoke", SMOKE, 1), ("smoke", SMOKE, 8), ("smoke", _sized(SMOKE, 16), 2)],
+    "small": [("smoke", SMOKE, 1), ("smoke", SMOKE, 4), ("smoke", _sized(SMOKE, 16), 1)],
     "full": [
         ("DiT-DH-S", MIDDLE, 1),
         ("DiT-DH-S", MIDDLE, 32),
