@@ -129,6 +129,7 @@ def say(text: str) -> None:
 def write(report: dict[str, Any], date: str) -> None:
     """Markdown for people, JSON for programs, under one name."""
     name = f"{date}-models-{report['device'].replace(' ', '-').lower()}"
+    name += f"-{report['threads']}-threads" if report["device"] == "cpu" else ""
     name += "" if report["onednn"] else "-without-onednn"
     (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     lines = [f"# Benchmark of the models, {date}", ""]
