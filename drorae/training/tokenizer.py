@@ -193,6 +193,8 @@ def train_tokenizer(
         perceptual = lpips(recon, images).mean() if lpips is not None else torch.zeros_like(l1)
         loss = job.l1_weight * l1 + job.lpips_weight * perceptual
         terms = {"loss": loss, "l1": l1, "lpips": perceptual}
+        if fused.router_norm is not None:  # Eq. 4 leaves it free, so it can drift
+            terms["router_norm"] = fused.router_norm
         if critic is not None and critic.guides(step):
             loss, extra = critic.add_to(loss, recon, phase.last_layer, step)
             terms |= extra
