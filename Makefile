@@ -49,7 +49,7 @@ types: $(STAMP) ## Type check alone
 
 test: assets ## All tests with coverage
 	rm -f .coverage .coverage.*
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=$(COVERAGE)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=$(COVERAGE)
 
 test-slow: $(STAMP) ## Only the tests that start real servers
 	$(BIN)/python -m pytest -m slow
