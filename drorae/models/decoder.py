@@ -23,6 +23,7 @@ from drorae.models.layers import (
     sincos_position_table,
     tokens_to_map,
 )
+from drorae.models.matmul import Linear
 from drorae.shapes import Float, Tensor
 
 __all__ = ["Decoder", "DecoderConfig", "DecoderOutput", "decoder_preset"]
@@ -63,14 +64,14 @@ class Decoder(nn.Module):
         self.config = config
         self.recompute = recompute
         width, eps = config.width, config.layer_norm_eps
-        self.decoder_embed = nn.Linear(config.latent_channels, width)
+        self.decoder_embed = Linear(config.latent_channels, width)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
         table = sincos_position_table(width, config.grid)
         positions = torch.cat([torch.zeros(1, width), table])[None]  # the class token has none
         self.register_buffer("decoder_pos_embed", positions)
         self.decoder_layers = nn.ModuleList(_Block(config) for _ in range(config.layers))
         self.decoder_norm = nn.LayerNorm(width, eps=eps)
-        self.decoder_pred = nn.Linear(width, config.patch_px**2 * 3)
+        self.decoder_pred = Linear(width, config.patch_px**2 * 3)
         mean, std = (
             torch.tensor(v).view(1, 3, 1, 1) for v in (config.image_mean, config.image_std)
         )
@@ -162,9 +163,9 @@ class _Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.attention = nn.ModuleDict(
-            {name: nn.Linear(width, width, bias=qkv_bias) for name in ("query", "key", "value")}
+            {name: Linear(width, width, bias=qkv_bias) for name in ("query", "key", "value")}
         )
-        self.output = nn.ModuleDict({"dense": nn.Linear(width, width)})
+        self.output = nn.ModuleDict({"dense": Linear(width, width)})
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = (self.attention[name](x) for name in ("query", "key", "value"))
@@ -179,8 +180,8 @@ class _Block(nn.Module):
         width, hidden, eps = config.width, config.mlp_hidden, config.layer_norm_eps
         self.activation = ACTIVATIONS[config.hidden_act]
         self.attention = _Attention(width, config.heads, config.qkv_bias)
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden)})
-        self.output = nn.ModuleDict({"dense": nn.Linear(hidden, width)})
+        self.intermediate = nn.ModuleDict({"dense": Linear(width, hidden)})
+        self.output = nn.ModuleDict({"dense": Linear(hidden, width)})
         self.layernorm_before = nn.LayerNorm(width, eps=eps)
         self.layernorm_after = nn.LayerNorm(width, eps=eps)
 

@@ -65,8 +65,8 @@ class Reconstruction(NamedTuple):
     """In [0, 1] units, float32."""
     features: Tensor | None
     """Input of the decoder's last layer, where it is needed."""
-    penalty: Tensor
-    """The fusion's own loss term."""
+    fused: FusionOutput
+    """Latents before the noise, and the fusion's own loss term."""
 
 
 def noised(
@@ -122,8 +122,8 @@ class TokenizerStep:
 
         def loss_of(part: Part) -> Tensor:
             recon = self._reconstruct(part, state)
-            rows.append(self._losses(recon.images, part.images))
-            return rows[-1]["loss"] + recon.penalty
+            rows.append(self._losses(recon.images, part.images, recon.fused))
+            return rows[-1]["loss"] + recon.fused.penalty
 
         grad_norm = apply_update(state, parts, loss_of)
         return mean_terms(rows) | {"grad_norm": grad_norm}
@@ -138,7 +138,7 @@ class TokenizerStep:
             with torch.set_grad_enabled(len(parts) == 1):
                 recon = self._reconstruct(part, state, with_features=True)
             images = recon.images.detach().requires_grad_()
-            rows.append(self._losses(images, part.images))
+            rows.append(self._losses(images, part.images, recon.fused))
             to_weight = partial(self.phase.last_layer_gradient, recon.features)
             pulls.append(critic.pull(rows[-1]["loss"], images, to_weight, part.positions, step))
         gradients, terms = critic.balance(pulls)
@@ -147,7 +147,7 @@ class TokenizerStep:
         def loss_of(part: Part) -> Tensor:
             # A surrogate: its value is not R + ..., its gradient is.
             again = kept or self._reconstruct(part, state)
-            return (again.images * gradients[part.index]).sum() + again.penalty
+            return (again.images * gradients[part.index]).sum() + again.fused.penalty
 
         grad_norm = apply_update(state, parts, loss_of)
         return mean_terms(rows) | terms | {"grad_norm": grad_norm}
@@ -160,17 +160,20 @@ class TokenizerStep:
             fused = self.phase.encode(part.hidden)
             latent = noised(fused.latent, self.job, self.seed, noise_ids)
             if not with_features:
-                return Reconstruction(self.phase.decode(latent).float(), None, fused.penalty)
+                return Reconstruction(self.phase.decode(latent).float(), None, fused)
             images, features = self.phase.decode(latent, with_features=True)
-        return Reconstruction(images.float(), features, fused.penalty)
+        return Reconstruction(images.float(), features, fused)
 
-    def _losses(self, recon: Tensor, images: Tensor) -> dict[str, Tensor]:
+    def _losses(self, recon: Tensor, images: Tensor, fused: FusionOutput) -> dict[str, Tensor]:
         l1 = l1_per_image(recon, images).mean()
         perceptual = torch.zeros_like(l1)
         if self.lpips is not None:
             perceptual = self.lpips(recon, images).mean()
         loss = self.job.l1_weight * l1 + self.job.lpips_weight * perceptual
-        return {"loss": loss, "l1": l1, "lpips": perceptual}
+        terms = {"loss": loss, "l1": l1, "lpips": perceptual}
+        if fused.router_norm is not None:  # Eq. 4 leaves it free, so it can drift
+            terms["router_norm"] = fused.router_norm
+        return terms
 
     @torch.no_grad()
     def _clean(self, part: Part, state: TrainState) -> Tensor:

@@ -78,6 +78,9 @@ def test_a_phase_lowers_its_loss_and_changes_only_what_it_trains(
     losses = list(log.series("train/l1").values())
     assert sum(losses[-6:]) < sum(losses[:6])
     assert any(not torch.equal(before[k], v) for k, v in phase.trainable.state_dict().items())
+    norms = list(log.series("train/router_norm").values())
+    assert all(0.3 < norm < 3 for norm in norms)  # starts at 1
+    assert bool(norms) == (name != "decoder")
     if name == "fusion":
         assert all(torch.equal(frozen[k], v) for k, v in decoder.state_dict().items())
 
