@@ -5,8 +5,12 @@ W. As printed it needs two extra backward passes through perceptual net, discrim
 end. Here each loss is differentiated once, down to the image; both weight gradients follow by one
 matrix product each, and the decoder is traversed once with the sum:
 
-    gradient, weight = balanced_gradient(images, reconstruction, adversarial, last_layer)
-    images.backward(gradient)
+    by_reconstruction, by_adversarial = image_gradients(images, reconstruction, adversarial)
+    weight = adaptive_weight(last_layer(by_reconstruction), last_layer(by_adversarial))
+    images.backward(by_reconstruction + ADVERSARIAL_WEIGHT * weight * by_adversarial)
+
+Where a batch is spread over ranks or worked through in parts, both gradients at W are averaged over
+all of them before their norms are taken: the weight is that of the whole batch.
 
 Images are in [-1, 1] in this module, except where a docstring says otherwise.
 """

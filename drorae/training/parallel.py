@@ -45,7 +45,7 @@ def distribute(module: nn.Module, world: World, compute: Compute) -> nn.Module:
     shards = compute.sharding == "fsdp2" and world.world_size > 1
     if compute.compile:
         # FSDP2 gathers weights between blocks, which a graph of the whole would break anyway.
-        for part in _blocks(module) if shards else [module]:
+        for part in (_blocks(module) if shards else []) or [module]:
             part.compile(backend=COMPILE_BACKEND)
     return _shard(module, world) if shards else wrap_ddp(module, world)
 
@@ -60,9 +60,9 @@ def _shard(module: nn.Module, world: World) -> nn.Module:
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
-    """Members of the module's lists of layers; the module itself where it has none."""
+    """Members of the module's lists of layers."""
     lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
-    return [block for layers in lists for block in layers] or [module]
+    return [block for layers in lists for block in layers]
 
 
 def set_recompute(module: nn.Module) -> None:
