@@ -199,4 +199,3 @@ class Critic:
         self._module.load_state_dict(state["module"])
         self._optimizer.load_state_dict(state["optimizer"])
         self.guard.load_state_dict(state["guard"])
-

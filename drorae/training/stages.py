@@ -175,9 +175,7 @@ def _train_decoder_on(
 
 def _train_dit(ctx: StageContext, world: World, *, seed: int, job: DiffusionStage) -> StageResult:
     torch.manual_seed(seed)
-    world.local_batch(
-        job.batch_images, f"{ctx.stage}.batch_images", ctx.compute.accumulate_steps
-    )
+    world.local_batch(job.batch_images, f"{ctx.stage}.batch_images", ctx.compute.accumulate_steps)
     latents = LatentShards(ctx.inputs["latents"], cache_path=ctx.compute.cache_path or None)
     model = DiT(job.model)
     # A setting of the process, which trains this stage only.
@@ -256,9 +254,7 @@ def _run_phase(
     fusion: FusionConfig,
 ) -> tuple[TrainReport, dict[str, float]]:
     """Give the loop its batches, losses and tools; returns its report and the schedule."""
-    world.local_batch(
-        job.batch_images, f"{ctx.stage}.batch_images", ctx.compute.accumulate_steps
-    )
+    world.local_batch(job.batch_images, f"{ctx.stage}.batch_images", ctx.compute.accumulate_steps)
     encoder = encoder.to(world.device)
     train, held_out = (_hidden_states(ctx, split, encoder, job) for split in ("train", "val"))
     job = in_steps(job, len(train))

@@ -133,9 +133,7 @@ def begin(
         seed=seed,
         world=world,
         optimizer=optimizer,
-        guard=FiniteGuard(
-            optimizer, world.device, policy=tools.compute.on_non_finite, world=world
-        ),
+        guard=FiniteGuard(optimizer, world.device, policy=tools.compute.on_non_finite, world=world),
         ema=ema_init(module),
         history=[],
         meter=Meter(),

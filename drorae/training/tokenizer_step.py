@@ -182,6 +182,4 @@ class TokenizerStep:
         return self.phase.decode(self.phase.encode(part.hidden).latent).float()
 
     def _autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(
-            device.type, torch.bfloat16, enabled=self.job.precision == "bfloat16"
-        )
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.job.precision == "bfloat16")

@@ -80,7 +80,10 @@ def test_whatever_byte_is_lost_or_changed_the_one_before_is_chosen(tmp_path: Pat
     data = path.read_bytes()
     draw = random.Random(0)
     for offset in [0, len(data) - 1, *(draw.randrange(len(data)) for _ in range(48))]:
-        for damaged in (data[:offset], data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :]):
+        for damaged in (
+            data[:offset],
+            data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :],
+        ):
             path.write_bytes(damaged)
             found = make(tmp_path).latest()
             assert found is not None

@@ -1,6 +1,6 @@
 """Training loops in processes of their own: one per rank, joined by gloo.
 
-`start` spawns ranks that run a task of this module and collects what they return. A task is killed
+`start` starts ranks that run a task of this module and collects what they return. A task is killed
 by SIGKILL when it is about to ask for the batch of step `kill_at`.
 """
 
@@ -8,12 +8,14 @@ import hashlib
 import os
 import pickle
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -40,6 +42,8 @@ from drorae.training.tokenizer import (
     train_tokenizer,
 )
 from drorae.training.world import World
+
+multiprocessing.set_forkserver_preload([__name__])
 
 BATCH = 8
 JUDGE = DiscriminatorConfig(
@@ -140,8 +144,12 @@ def start(*tasks: Task, world_size: int = 1) -> list[Outcome]:
     Raises:
         ProcessExitedException: A process was killed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_rank, (world_size, tasks, folder), nprocs=world_size)
+    # Processes are forked from one that has imported this module and done nothing else; it is
+    # started once and looks for the module on its own path.
+    path = mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    with tempfile.TemporaryDirectory() as folder, path:
+        arguments = (world_size, tasks, folder)
+        multiprocessing.start_processes(_rank, arguments, world_size, start_method="forkserver")
         return pickle.loads((Path(folder) / "outcomes.pickle").read_bytes())
 
 
