@@ -102,7 +102,7 @@ def without_speed(history: list[dict[str, float]]) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_one_run_on_one_then_two_then_one_rank_uses_the_same_global_batches(tmp_path: Any) -> None:
-    steps, losses, ids, digests = 12, {}, [], {}
+    steps = 12
     compute = replace(ONE, save_every_steps=4)
     tasks = [
         Task(name=n, folder=str(tmp_path / n), num_steps=steps, lr=1e-4, compute=compute)
