@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ from drorae.models.decoder import Decoder, DecoderConfig
 from drorae.models.discriminator import DiscriminatorConfig, build_discriminator
 from drorae.models.dit import DiT, DiTConfig
 from drorae.models.fusion import FusionConfig, build_fusion
+from drorae.training import parallel
 from drorae.training.critic import Critic
 from drorae.training.diffusion import train_diffusion
 from drorae.training.jobs import AdversarialConfig, DiffusionStage, OptimConfig, TokenizerTraining
@@ -56,7 +58,7 @@ TOKENIZER = TokenizerTraining(
     optim=OPTIM,
     lpips_weight=0.0,
     ema_decay=0.5,
-    eval_every_steps=100,
+    eval_every_steps=2,
     adversarial=AdversarialConfig(
         weight=0.5, discriminator=JUDGE, learn_from_step=0, start_step=1, optim=OPTIM
     ),
@@ -156,6 +158,7 @@ def start(*tasks: Task, world_size: int = 1) -> list[Outcome]:
 def _rank(rank: int, world_size: int, tasks: tuple[Task, ...], folder: str) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+    parallel.COMPILE_BACKEND = "aot_eager"
     if world_size > 1:
         store = dist.FileStore(f"{folder}/store", world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
@@ -226,8 +229,15 @@ def _train(
     critic = Critic(
         build_discriminator(JUDGE), job.adversarial, num_steps=job.num_steps, world=world, seed=0
     )
+    tools = replace(tools, evaluators=[partial(_look, phase)])
     report = train_tokenizer(job, phase, batches, None, tools, seed=0, critic=critic)
     return report, phase.trainable, critic
+
+
+def _look(phase: TokenizerPhase, step: int, prefix: str) -> dict[str, float]:
+    hidden = torch.randn(2, LAYERS, TOKENS, DIM, generator=torch.Generator().manual_seed(8))
+    recon = phase.decode(phase.encode(hidden).latent)
+    return {f"{prefix}/mean": recon.square().mean().item()}
 
 
 def _phase(task: Task, world: World) -> TokenizerPhase:

@@ -89,9 +89,7 @@ def test_recomputation_reaches_every_network_that_knows_it(
     for network, settings in ((model, compute), (plain, Compute(log_every_steps=1))):
         log = Rows()
         tools = dataclasses.replace(make_tools(log=log), compute=settings)
-        train_diffusion(
-            DIFFUSION, network, latent_batches(6, 6), tools, stage="diffusion", seed=0
-        )
+        train_diffusion(DIFFUSION, network, latent_batches(6, 6), tools, stage="diffusion", seed=0)
         losses.append(log.series("train/loss"))
     assert model.activation_checkpointing
     assert not plain.activation_checkpointing

@@ -37,7 +37,14 @@ def assert_alike(found: Outcome, expected: Outcome, tolerance: float = 1e-5) -> 
         scale = norm(theirs)
         for name, gradient in theirs.items():
             assert norm({name: ours[name] - gradient}) <= tolerance * scale, name
-    for name in expected.history[-1].keys() & {"train/loss", "train/gan_weight", "train/grad_norm"}:
+    for name in (
+        "train/loss",
+        "train/gan_weight",
+        "train/grad_norm",
+        "eval/mean",
+        "eval_online/mean",
+    ):
+        assert found.series(name).keys() == expected.series(name).keys()
         for step, value in expected.series(name).items():
             # The weight is a ratio of two norms, each with rounding errors of its own.
             assert math.isclose(found.series(name)[step], value, rel_tol=5 * tolerance), name
@@ -61,6 +68,7 @@ def test_two_ranks_with_and_without_shards_or_parts_give_the_gradients_of_one(
         *variants(accumulate_steps=2),
         *variants(sharding="fsdp2"),
         *variants(sharding="fsdp2", accumulate_steps=4, activation_checkpointing=True),
+        *variants(sharding="fsdp2", compile=True)[::3],
     ]
     for task, found in zip(tasks, start(*tasks, world_size=2), strict=True):
         assert_alike(found, alone[task.name])
