@@ -131,7 +131,7 @@ def test_a_discriminator_with_a_bad_step_stops_too(
                 parameter.grad = None
                 critic._module.heads[0][2].bias.data.fill_(float("nan"))
 
-    with pytest.raises(RuntimeError, match="decoder: .*not finite at step 2"):
+    with pytest.raises(RuntimeError, match=r"decoder: .*not finite at step 2"):
         train_tokenizer(
             job, make_phase("decoder"), poisoned, None, make_tools(), seed=0, critic=critic
         )
