@@ -8,6 +8,7 @@ linear layer. Sizes are in
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from drorae.models.layers import (
 from drorae.models.matmul import Linear
 from drorae.shapes import Float, Tensor
 
-__all__ = ["Decoder", "DecoderConfig", "decoder_preset"]
+__all__ = ["Decoder", "DecoderConfig", "DecoderOutput", "decoder_preset"]
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {
@@ -35,6 +36,15 @@ ACTIVATIONS = {
     "relu": F.relu,
     "silu": F.silu,
 }
+
+
+class DecoderOutput(NamedTuple):
+    """Images, and what the last linear layer made them from."""
+
+    images: Tensor
+    """[B, 3, H, W] in [0, 1] units, not clamped."""
+    features: Tensor
+    """Input of the last layer, detached, [B, patches, width]."""
 
 
 class Decoder(nn.Module):
@@ -69,9 +79,13 @@ class Decoder(nn.Module):
         self.register_buffer("image_std", std, persistent=False)
 
     def forward(
-        self, tokens: Float[Tensor, "batch tokens channels"]
-    ) -> Float[Tensor, "batch 3 side side"]:
+        self, tokens: Float[Tensor, "batch tokens channels"], *, with_features: bool = False
+    ) -> Float[Tensor, "batch 3 side side"] | DecoderOutput:
         """Decode latents as the encoder gives them, not normalised by latent statistics.
+
+        Args:
+            tokens: Latents.
+            with_features: Return `DecoderOutput`, for `last_layer_gradient`.
 
         Returns:
             Images in [0, 1] units, not clamped.
@@ -79,7 +93,9 @@ class Decoder(nn.Module):
         Raises:
             ValueError: If channels differ from the configuration or the tokens fill no square.
         """
-        return self.pixels(self.features(tokens))
+        features = self.features(tokens)
+        images = self.pixels(features)
+        return DecoderOutput(images, features.detach()) if with_features else images
 
     def features(
         self, tokens: Float[Tensor, "batch tokens channels"]

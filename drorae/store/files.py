@@ -6,14 +6,15 @@ completes (`s3.py`). Size and sha256 are computed while writing.
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from drorae.store import atomic, s3
 from drorae.store.errors import clear_errors, is_s3
@@ -93,6 +94,62 @@ def write_bytes(uri: str, data: bytes) -> FileEntry:
     return FileEntry(
         name=uri.rsplit("/", 1)[-1], size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()
     )
+
+
+def write_with(uri: str, save: Callable[[BinaryIO], None]) -> FileEntry:
+    """Write a file through a function that gets an open one, atomically; hashed while written.
+
+    What is too large to lie in memory twice is written so.
+
+    Args:
+        uri: Where.
+        save: Writes the content from start to end, without seeking.
+    """
+    if is_s3(uri):
+        hashed = _save_s3(uri, save)
+    else:
+        hashed = atomic.save(uri, lambda target: _hashed_save(target, save))
+    return FileEntry(
+        name=uri.rsplit("/", 1)[-1], size_bytes=hashed.size_bytes, sha256=hashed.hash.hexdigest()
+    )
+
+
+class _HashedWriter(io.RawIOBase):
+    """Passes bytes on to an open file, counted and hashed."""
+
+    def __init__(self, target: BinaryIO):
+        self.target = target
+        self.hash = hashlib.sha256()
+        self.size_bytes = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.target.write(data)
+        self.hash.update(data)
+        self.size_bytes += memoryview(data).nbytes
+        return memoryview(data).nbytes
+
+
+def _hashed_save(target: BinaryIO, save: Callable[[BinaryIO], None]) -> _HashedWriter:
+    writer = _HashedWriter(target)
+    save(writer)  # pyright: ignore[reportArgumentType] - a raw file, all that `save` may use
+    return writer
+
+
+def _save_s3(uri: str, save: Callable[[BinaryIO], None]) -> _HashedWriter:
+    with clear_errors(uri):
+        target = s3.filesystem().open(uri, "wb", block_size=s3.PART_BYTES)
+        try:
+            hashed = _hashed_save(target, save)
+            target.close()
+        except BaseException:
+            # close() would complete the upload and publish half a file.
+            target.closed = True
+            target.discard()
+            raise
+        return hashed
 
 
 def encode_json(value: Any) -> bytes:

@@ -1,13 +1,17 @@
-"""The state of a training loop in one dataclass, and the four things that both loops do with it.
+"""The state of a training loop in one dataclass: its start, its update, its end.
 
-What a continuation needs is all here: weights, averages, optimiser moments, the finished steps and
-the logged history. Data order, noise and the learning rate are functions of the step, so they need
-no state.
+What a continuation needs is all here: weights, averages, optimiser moments, the discriminator with
+its optimiser (`extra`), finished steps, counts of the guards, best metrics and the logged history.
+What is a function of the step needs no state: which samples come next, noise, augmentation, both
+learning rates, and whether the discriminator learns and guides. Draws from torch's global
+generators (dropout of some fusions) are such a function too, because every part of every step
+starts them anew from (seed, step, rank, part). Logging, evaluating and saving are in `intervals`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +19,7 @@ from torch import Tensor, nn
 from drorae.training.ema import ema_init, ema_update
 from drorae.training.guards import FiniteGuard
 from drorae.training.jobs import OptimConfig
-from drorae.training.loop import LoopTools
+from drorae.training.loop import LoopTools, TrainReport
 from drorae.training.meter import Meter
 from drorae.training.optim import (
     build_optimizer,
@@ -23,13 +27,26 @@ from drorae.training.optim import (
     learning_rate,
     set_learning_rate,
 )
-from drorae.training.world import mean_over_ranks
+from drorae.training.parallel import gradient_sync, unwrapped
+from drorae.training.saved import put_back, whole_on_main
+from drorae.training.world import World
 
-__all__ = ["Stateful", "TrainState", "apply_update", "begin", "log_step", "save_if_due"]
+__all__ = [
+    "Stateful",
+    "TrainState",
+    "apply_update",
+    "begin",
+    "finish",
+    "seed_part",
+]
+
+Part = TypeVar("Part")
 
 
 class Stateful(Protocol):
     """Further state that belongs in a checkpoint, such as the discriminator's."""
+
+    guard: FiniteGuard
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a continuation needs."""
@@ -46,76 +63,102 @@ class TrainState:
 
     name: str
     """Stage, for messages."""
+    wrapped: nn.Module
+    """The trained module as `parallel.distribute` gave it."""
     module: nn.Module
-    """The trained module, without DDP wrapper."""
+    """The same without DDP wrapper."""
     optim: OptimConfig
     """Schedule and clipping."""
     num_steps: int
     """Where the loop ends."""
     ema_decay: float
     """Decay of the average per step."""
+    seed: int
+    """Seed of the run."""
+    world: World
+    """Rank and device."""
     optimizer: torch.optim.Optimizer
     """AdamW over the module."""
     guard: FiniteGuard
-    """Skips updates after a non-finite loss."""
+    """Leaves out updates with a non-finite loss or gradient."""
     ema: dict[str, Tensor]
-    """Averaged parameters."""
+    """Averaged parameters, sharded as the parameters are."""
     history: list[dict[str, float]]
     """Every logged row."""
     step: int = 0
-    """Finished updates."""
+    """Finished updates, and with that the place in the order of samples."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Largest value so far of each evaluated metric."""
+    data_digest: int = 0
+    """Checksum of the ids of all samples used so far, in order: the same for any number of ranks,
+    with or without interruptions."""
+    rolled_back_at: int = -1
+    """Step at which the weights were last put back to a checkpoint."""
     meter: Meter
     """Speed since the last log point."""
     extra: Stateful | None = None
     """Saved and restored along."""
+    save_asked: bool = False
+    """Whether the time for a checkpoint has come; decided at log points for all ranks."""
 
 
 def begin(
     name: str,
-    module: nn.Module,
+    wrapped: nn.Module,
     tools: LoopTools,
     *,
     optim: OptimConfig,
     num_steps: int,
     ema_decay: float,
+    seed: int,
     extra: Stateful | None = None,
 ) -> TrainState:
     """State of a fresh loop, or of the newest checkpoint if there is one."""
-    device = tools.world.device
+    module, world = unwrapped(wrapped), tools.world
     optimizer = build_optimizer(module, optim)
     state = TrainState(
         name=name,
+        wrapped=wrapped,
         module=module,
         optim=optim,
         num_steps=num_steps,
         ema_decay=ema_decay,
+        seed=seed,
+        world=world,
         optimizer=optimizer,
-        guard=FiniteGuard(optimizer, device),
+        guard=FiniteGuard(optimizer, world.device, policy=tools.compute.on_non_finite, world=world),
         ema=ema_init(module),
         history=[],
         meter=Meter(),
         extra=extra,
     )
-    saved = tools.checkpoints.latest()
-    if saved is not None:
-        state.step, state.history = saved["step"], saved["history"]
-        module.load_state_dict(saved["module"])
-        optimizer.load_state_dict(saved["optimizer"])
-        state.ema = {name: value.to(device) for name, value in saved["ema"].items()}
-        if extra is not None:
-            extra.load_state_dict(saved["extra"])
+    put_back(state, tools.checkpoints.latest() if world.is_main else None, world)
     return state
 
 
-def apply_update(state: TrainState, loss: Tensor) -> Tensor:
+def apply_update(
+    state: TrainState, parts: Sequence[Part], loss_of: Callable[[Part], Tensor]
+) -> Tensor:
     """Backward, clip, refuse a non-finite update, step, average.
 
-    Returns the gradient norm before clipping.
+    Args:
+        state: Changed in place.
+        parts: Parts of this rank's batch, of one size; gradients are averaged over them.
+        loss_of: Forward pass of a part, to its mean loss.
+
+    Returns:
+        The gradient norm before clipping.
     """
     state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    losses = []
+    for index, part in enumerate(parts):
+        with gradient_sync(state.wrapped, index == len(parts) - 1):
+            seed_part(state.seed, state.step, state.world, index)
+            loss = loss_of(part)
+            (loss / len(parts)).backward()
+        losses.append(loss.detach())
     grad_norm = clip_gradients(state.module.parameters(), state.optim.clip_norm)
-    state.guard.arm(state.step, loss, grad_norm)
+    state.guard.arm(state.step, *losses, grad_norm)
     set_learning_rate(state.optimizer, learning_rate(state.optim, state.step, state.num_steps))
     state.optimizer.step()
     ema_update(state.ema, state.module, state.ema_decay)
@@ -123,39 +166,16 @@ def apply_update(state: TrainState, loss: Tensor) -> Tensor:
     return grad_norm
 
 
-def log_step(
-    state: TrainState, tools: LoopTools, terms: Mapping[str, Tensor], batch_images: int, job: object
-) -> None:
-    """At a log point: one host sync, the finite check, and a row for tracker and history.
-
-    Raises:
-        RuntimeError: A loss or gradient since the last log point was not finite.
-    """
-    state.meter.count(batch_images)
-    if state.step % tools.compute.log_every_steps and state.step != state.num_steps:
-        return
-    state.guard.check(state.name, job)
-    stacked = torch.stack([term.detach().float() for term in terms.values()])
-    values = mean_over_ranks(stacked, tools.world).tolist()
-    row = dict(zip((f"train/{name}" for name in terms), values, strict=True))
-    row |= {"train/lr": state.optimizer.param_groups[0]["lr"]} | state.meter.read()
-    if tools.world.is_main:
-        state.history.append({"step": state.step, **row})
-        tools.log(row, state.step)
-        tools.progress(state.step * batch_images, state.num_steps * batch_images)
+def seed_part(seed: int, step: int, world: World, part: int) -> None:
+    """Start torch's global generators for one part of this rank's share of a step."""
+    digest = hashlib.sha256(f"{seed}/global/{step}/{world.rank}/{part}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def save_if_due(state: TrainState, tools: LoopTools, job: object) -> None:
-    """Write a checkpoint when one is due; never one of a bad step.
-
-    Raises:
-        RuntimeError: A loss or gradient since the last check was not finite.
-    """
-    if state.step >= state.num_steps or not tools.checkpoints.due(state.step):
-        return
-    state.guard.check(state.name, job)
-    if tools.world.is_main:
-        saved = {"step": state.step, "history": state.history, "ema": state.ema}
-        saved |= {"module": state.module.state_dict(), "optimizer": state.optimizer.state_dict()}
-        saved |= {"extra": state.extra.state_dict()} if state.extra is not None else {}
-        tools.checkpoints.save(state.step, saved)
+def finish(state: TrainState) -> TrainReport:
+    """Whole weights, average and history (a collective where they are sharded)."""
+    return TrainReport(
+        ema=whole_on_main(state.ema, state.world),
+        weights=whole_on_main(state.module.state_dict(), state.world),
+        history=state.history,
+    )

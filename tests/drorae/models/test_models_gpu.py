@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from drorae.losses.adversarial import augment, discriminator_loss, generator_loss, to_signed
+from drorae.losses.adversarial import (
+    NUM_DRAWS,
+    augment,
+    generator_loss,
+    hinge_loss,
+    to_signed,
+)
 from drorae.losses.perceptual import TRUNKS, PerceptualLoss
 from drorae.models.decoder import Decoder, DecoderConfig
 from drorae.models.discriminator import DiscriminatorConfig, build_discriminator
@@ -167,12 +173,13 @@ def test_the_discriminator_and_its_losses_on_cuda_agree_with_the_cpu():
     judge = build_discriminator(JUDGE).eval()
     real, fake = torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32)
     found = []
+    # drawn on the CPU, so that both devices augment alike
+    draws = torch.rand(2, len(real), NUM_DRAWS, generator=torch.Generator().manual_seed(2))
     for device in (torch.device("cpu"), DEVICE):
         own = copy.deepcopy(judge).to(device)
-        # drawn on the CPU, so that both devices augment alike
-        real_logits = own(augment(to_signed(real.to(device)), torch.Generator().manual_seed(2)))
-        fake_logits = own(augment(to_signed(fake.to(device)), torch.Generator().manual_seed(3)))
-        loss = discriminator_loss(real_logits, fake_logits)
+        real_logits = own(augment(to_signed(real.to(device)), draws[0]))
+        fake_logits = own(augment(to_signed(fake.to(device)), draws[1]))
+        loss = 0.5 * (hinge_loss(real_logits, real=True) + hinge_loss(fake_logits, real=False))
         loss.backward()
         grads = [p.grad.cpu() for p in own.parameters() if p.grad is not None]
         found.append((loss.detach().cpu(), generator_loss(fake_logits).detach().cpu(), grads))

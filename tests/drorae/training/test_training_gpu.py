@@ -28,7 +28,7 @@ CLOSE = {"rel": 1e-3}  # six steps; the devices sum in other orders
 
 def phase_on(name: str, world: World) -> TokenizerPhase:
     if name == "fusion":
-        return fusion_phase(make_fusion(), make_decoder(), world, adversarial=True)
+        return fusion_phase(make_fusion(), make_decoder(), world)
     return decoder_phase(name, make_fusion("rae"), make_decoder(), world)
 
 
