@@ -31,7 +31,7 @@ MARK = "# Written by `make up`, removed by `make down`.\n"
 BIN = Path(sys.executable).parent
 HOST = "127.0.0.1"
 # Outside 10002-19999, where Ray puts its workers.
-PORTS = {"prefect": 4200, "mlflow": 5000, "ray": 6379, "dashboard": 8265}
+PORTS = {"prefect": 4200, "mlflow": 5000, "ray": 6379, "dashboard": 8265, "agent": 52365}
 START_TIMEOUT_S = 180.0
 GRACE_S = 20.0
 WORKER_GRACE_S = 40.0
@@ -77,8 +77,11 @@ def free_port(preferred: int) -> int:
     for port in range(preferred, preferred + 50):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if probe.connect_ex((HOST, port)) != 0:
-                return port
+            try:
+                probe.bind(("", port))  # fails beside a listener on any address of this machine
+            except OSError:
+                continue
+            return port
     raise SystemExit(f"services: error: ports {preferred} to {preferred + 49} are all in use.")
 
 
@@ -120,6 +123,8 @@ def commands(state: dict) -> dict[str, list[str]]:
             *("ray", "start", "--head", "--block", "--disable-usage-stats"),
             *("--port", ports["ray"], "--dashboard-host", HOST),
             *("--dashboard-port", ports["dashboard"], "--include-dashboard=true"),
+            # Takes the jobs; a second Ray on this machine would hold the default port.
+            *("--dashboard-agent-listen-port", ports["agent"]),
             *("--num-cpus", str(max(16, 4 * (os.cpu_count() or 1)))),
             *("--object-store-memory", str(OBJECT_STORE_BYTES), "--temp-dir", state["ray_folder"]),
         ],
