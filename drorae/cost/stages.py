@@ -129,9 +129,10 @@ def tokenizer_cost(
     encode = networks.encoder.forward_flops
     cached = job.hidden_states != "none"
     trained = fusion.step_flops[fusion_role] + networks.decoder.step_flops[decoder_role]
-    # Encoder outside of autocast; cuDNN's convolutions use TF32 unless told otherwise.
-    plain = _add({job.precision: trained, "tf32": lpips}, {"float32": 0 if cached else encode})
-    guided, learning = _adversarial(job.adversarial, networks, fusion)
+    # What autocast leaves out; cuDNN's convolutions use TF32 unless told otherwise.
+    outside = "float32" if job.precision == "float32" else "tf32"
+    plain = _add({job.precision: trained, "tf32": lpips}, {outside: 0 if cached else encode})
+    guided, learning = _adversarial(job.adversarial, networks, fusion, outside)
     starts = job.adversarial.in_steps(max(1, num_train_images // job.batch_images))
     share = {
         "guided": _share_after(starts.start_step, job.num_steps),
@@ -142,7 +143,7 @@ def tokenizer_cost(
     total = _add(total, _times(guided, images * share["guided"]))
     total = _add(total, _times(learning, images * share["learning"]))
     if cached:
-        total = _add(total, {"float32": encode * min(images, num_train_images)})
+        total = _add(total, {outside: encode * min(images, num_train_images)})
     parts = [_Part(fusion, fusion_role), _Part(networks.decoder, decoder_role)]
     parts += [_Part(networks.lpips, "passed", autocast=False)] if lpips else []
     if guided:
@@ -196,16 +197,16 @@ def evaluate_cost(
 
 
 def _adversarial(
-    config: AdversarialConfig, networks: Networks, fusion: NetworkCost
+    config: AdversarialConfig, networks: Networks, fusion: NetworkCost, number_format: str
 ) -> tuple[Flops, Flops]:
-    """One image of the generator's term, and of a step of the discriminator, both in float32."""
+    """One image of the generator's term, and of a step of the discriminator."""
     if config.weight == 0:
         return {}, {}
     trunk, heads = networks.critic_trunk, networks.critic_heads
     guided = trunk.step_flops["passed"] + heads.step_flops["passed"]
     fresh = fusion.forward_flops + networks.decoder.forward_flops  # a fake of the new weights
     pair = 2 * (trunk.forward_flops + heads.step_flops["trained"])  # real and fake
-    return {"float32": float(guided)}, {"float32": float(fresh + pair)}
+    return {number_format: float(guided)}, {number_format: float(fresh + pair)}
 
 
 def _memory(

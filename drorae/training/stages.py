@@ -255,6 +255,8 @@ def _run_phase(
 ) -> tuple[TrainReport, dict[str, float]]:
     """Give the loop its batches, losses and tools; returns its report and the schedule."""
     world.local_batch(job.batch_images, f"{ctx.stage}.batch_images", ctx.compute.accumulate_steps)
+    # A setting of the process, which trains this stage only.
+    torch.set_float32_matmul_precision("highest" if job.precision == "float32" else "high")
     encoder = encoder.to(world.device)
     train, held_out = (_hidden_states(ctx, split, encoder, job) for split in ("train", "val"))
     job = in_steps(job, len(train))

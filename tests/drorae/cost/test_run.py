@@ -120,10 +120,9 @@ def test_a_tokenizer_step_adds_every_network_at_its_role() -> None:
     learned = 10 + 100 + 2 * (10**4 + 3 * 10**5)
     assert cost.step_flops == {
         "bfloat16": trained_and_passed,
-        "tf32": 3 * 1000,
-        "float32": 1 + guided + learned,
+        "tf32": 3 * 1000 + 1 + guided + learned,
     }
-    assert cost.flops["float32"] == 200 * (1 + 0.5 * guided + 0.75 * learned)
+    assert cost.flops["tf32"] == 200 * (3 * 1000 + 1 + 0.5 * guided + 0.75 * learned)
     memory = cost.memory["none"]
     assert memory.gradients == 4 * (90 + 90)  # fusion and heads
     assert memory.activations == 2 * (0.5 * (10 + 5) + 5 + 5 + 10)
