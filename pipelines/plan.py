@@ -159,9 +159,9 @@ def _step(
     stage: stages.Stage, key: str, full: Any, workspace: Workspace, built: Sequence[Manifest]
 ) -> Step:
     earlier = [manifest for manifest in built if manifest.stage == stage.name]
+    config = stages.section_json(full, stage)
     state, reason, found = _look(stage, key, workspace)
     if state == "missing":
-        config = stages.section_json(full, stage)
         reason = _why_missing(stage, config, earlier)
     return Step(
         stage=stage.name,
@@ -170,7 +170,7 @@ def _step(
         selected=True,
         reason=reason,
         code_changed=found is not None and found.code_digest != entry_digest(stage.entry),
-        expected_wall_s=(found or earlier[-1]).wall_s if found or earlier else None,
+        expected_wall_s=found.wall_s if found else _last_wall_s(config, earlier),
         metrics=dict(found.metrics) if found else {},
     )
 
@@ -187,6 +187,12 @@ def _look(
     if files.list_files(files.join(workspace.stage_uri(stage.name, key), WORK_NAME)):
         return "unfinished", "an earlier attempt did not finish; it is continued", None
     return "missing", "", None
+
+
+def _last_wall_s(config: dict[str, Any], earlier: Sequence[Manifest]) -> float | None:
+    """Return how long the last build of a similar configuration took; None if there is none."""
+    similar = [m for m in earlier if len(_changes(m.config, config)) <= MAX_CHANGES_SHOWN]
+    return similar[-1].wall_s if similar else None
 
 
 def _why_missing(stage: stages.Stage, config: dict[str, Any], earlier: Sequence[Manifest]) -> str:
