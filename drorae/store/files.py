@@ -2,7 +2,8 @@
 
 A write is atomic: a reader sees the old file, the new file or none. Locally that is a temporary
 file in the same folder, fsync and rename (`atomic.py`); on S3 an object appears when its upload
-completes (`s3.py`). Size and sha256 are computed while writing.
+completes (`s3.py`). Size and sha256 are computed while writing. An S3 server that is away is waited
+for (`patience.py`).
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from typing import Any
 
 from drorae.store import atomic, s3
 from drorae.store.errors import clear_errors, is_s3
+from drorae.store.patience import patiently
 
 CHUNK_BYTES = 8 * 2**20
 
@@ -41,7 +43,17 @@ def join(uri: str, *names: str) -> str:
 def exists(uri: str) -> bool:
     """True if a file (not a folder) is there."""
     with clear_errors(uri):
-        return s3.filesystem().isfile(uri) if is_s3(uri) else os.path.isfile(uri)
+        if is_s3(uri):
+            return patiently(lambda: _is_object(uri))
+        return os.path.isfile(uri)
+
+
+def _is_object(uri: str) -> bool:
+    # Not `isfile`, which answers False when the server does not answer at all (s3fs 2026.9).
+    try:
+        return s3.filesystem().info(uri)["type"] == "file"
+    except FileNotFoundError:
+        return False
 
 
 def size(uri: str) -> int:
@@ -51,7 +63,9 @@ def size(uri: str) -> int:
         FileNotFoundError: If there is none.
     """
     with clear_errors(uri):
-        return int(s3.filesystem().info(uri)["size"]) if is_s3(uri) else os.path.getsize(uri)
+        if is_s3(uri):
+            return patiently(lambda: int(s3.filesystem().info(uri)["size"]))
+        return os.path.getsize(uri)
 
 
 def read_bytes(uri: str) -> bytes:
@@ -61,7 +75,9 @@ def read_bytes(uri: str) -> bytes:
         FileNotFoundError: If there is none.
     """
     with clear_errors(uri):
-        return s3.filesystem().cat_file(uri) if is_s3(uri) else Path(uri).read_bytes()
+        if is_s3(uri):
+            return patiently(lambda: s3.filesystem().cat_file(uri))
+        return Path(uri).read_bytes()
 
 
 def read_json(uri: str) -> Any:
@@ -87,7 +103,7 @@ def write_bytes(uri: str, data: bytes) -> FileEntry:
     """
     if is_s3(uri):
         with clear_errors(uri):
-            s3.filesystem().pipe_file(uri, data)
+            patiently(lambda: s3.filesystem().pipe_file(uri, data))
     else:
         atomic.replace(uri, [data])
     return FileEntry(
@@ -113,7 +129,8 @@ def upload(local_path: str | Path, uri: str) -> FileEntry:
     """
     source = _Hashed(local_path)
     if is_s3(uri):
-        _upload_s3(source, uri)
+        with clear_errors(uri):
+            patiently(lambda: _upload_s3(source, uri))
     else:
         atomic.replace(uri, source)
     return FileEntry(
@@ -126,14 +143,14 @@ class _Hashed:
 
     def __init__(self, path: str | Path):
         self.path = path
-        self.hash = hashlib.sha256()
-        self.size_bytes = 0
         if not os.path.isfile(path):
             raise FileNotFoundError(
                 f"{path} does not exist: expected a file to copy; write it first."
             )
 
     def __iter__(self) -> Iterator[bytes]:
+        self.hash = hashlib.sha256()
+        self.size_bytes = 0
         with open(self.path, "rb") as source:
             while chunk := source.read(CHUNK_BYTES):
                 self.hash.update(chunk)
@@ -142,17 +159,17 @@ class _Hashed:
 
 
 def _upload_s3(source: _Hashed, uri: str) -> None:
-    with clear_errors(uri):
-        target = s3.filesystem().open(uri, "wb", block_size=s3.PART_BYTES)
-        try:
-            for chunk in source:
-                target.write(chunk)
-            target.close()
-        except BaseException:
-            # close() would complete the upload and publish half a file.
-            target.closed = True
+    target = s3.filesystem().open(uri, "wb", block_size=s3.PART_BYTES)
+    try:
+        for chunk in source:
+            target.write(chunk)
+        target.close()
+    except BaseException:
+        # close() would complete the upload and publish half a file.
+        target.closed = True
+        with suppress(Exception):  # the parts already sent; a server that is away keeps them
             target.discard()
-            raise
+        raise
 
 
 def create_exclusive(uri: str, data: bytes) -> bool:
@@ -162,8 +179,10 @@ def create_exclusive(uri: str, data: bytes) -> bool:
 
 def list_sizes(uri: str) -> dict[str, int]:
     """Relative name and size in bytes of every file under a folder; empty if there is none."""
-    found = _list_s3(uri) if is_s3(uri) else _list_local(uri)
-    return dict(sorted(found))
+    if not is_s3(uri):
+        return dict(sorted(_list_local(uri)))
+    with clear_errors(uri):
+        return dict(sorted(patiently(lambda: _list_s3(uri))))
 
 
 def list_files(uri: str) -> list[str]:
@@ -171,12 +190,13 @@ def list_files(uri: str) -> list[str]:
     return [n for n in list_sizes(uri) if atomic.TEMPORARY_MARK not in n]
 
 
-def _list_s3(uri: str) -> Iterator[tuple[str, int]]:
-    with clear_errors(uri):
-        prefix = join(uri).removeprefix("s3://") + "/"
-        for path, info in s3.filesystem().find(uri, detail=True).items():
-            if path.startswith(prefix) and not path.endswith("/"):
-                yield path.removeprefix(prefix), int(info["size"])
+def _list_s3(uri: str) -> list[tuple[str, int]]:
+    prefix = join(uri).removeprefix("s3://") + "/"
+    return [
+        (path.removeprefix(prefix), int(info["size"]))
+        for path, info in s3.filesystem().find(uri, detail=True).items()
+        if path.startswith(prefix) and not path.endswith("/")
+    ]
 
 
 def _list_local(uri: str) -> Iterator[tuple[str, int]]:
@@ -192,7 +212,7 @@ def list_folders(uri: str) -> list[str]:
     with clear_errors(uri):
         try:
             if is_s3(uri):
-                rows = s3.filesystem().ls(uri, detail=True)
+                rows = patiently(lambda: s3.filesystem().ls(uri, detail=True))
                 paths = [r["name"].rstrip("/") for r in rows if r["type"] == "directory"]
                 return sorted(p.rsplit("/", 1)[-1] for p in paths)
             return sorted(e.name for e in os.scandir(uri) if e.is_dir())
@@ -204,7 +224,7 @@ def delete(uri: str) -> None:
     """Delete one file; no error if it is gone already."""
     with clear_errors(uri), suppress(FileNotFoundError):
         if is_s3(uri):
-            s3.filesystem().rm_file(uri)
+            patiently(lambda: s3.filesystem().rm_file(uri))
         else:
             os.unlink(uri)
 
@@ -213,7 +233,7 @@ def delete_tree(uri: str) -> None:
     """Delete a folder and all in it; no error if it is gone already."""
     with clear_errors(uri), suppress(FileNotFoundError):
         if is_s3(uri):
-            s3.filesystem().rm(uri, recursive=True)
+            patiently(lambda: s3.filesystem().rm(uri, recursive=True))
         else:
             shutil.rmtree(uri)
 
@@ -233,11 +253,13 @@ def sha256_of(uri: str) -> str:
 def _chunks(uri: str) -> Iterator[bytes]:
     with clear_errors(uri):
         if is_s3(uri):
-            source = s3.filesystem().open(uri, "rb", cache_type="none")
+            client = s3.filesystem()
+            source = patiently(lambda: client.open(uri, "rb", cache_type="none"))
         else:
             source = open(uri, "rb")  # noqa: SIM115 - closed by the next line
         with source:
-            while chunk := source.read(CHUNK_BYTES):
+            # A read that fails leaves the position where it was.
+            while chunk := patiently(lambda: source.read(CHUNK_BYTES)):
                 yield chunk
 
 
