@@ -82,7 +82,8 @@ def get_with_etag(uri: str) -> tuple[bytes, str]:
             return await body.read(), reply["ETag"]
 
     with clear_errors(uri):
-        return patiently(lambda: fsspec.asyn.sync(client.loop, fetch))  # pyright: ignore[reportGeneralTypeIssues]
+        data, etag = patiently(lambda: fsspec.asyn.sync(client.loop, fetch))  # pyright: ignore[reportGeneralTypeIssues]
+        return data, etag
 
 
 def put_if(uri: str, data: bytes, etag: str | None) -> bool:
