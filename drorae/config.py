@@ -47,6 +47,16 @@ class Compute:
     """CPU threads that torch may use in one worker."""
     use_gpu: bool = False
     """Give each worker one GPU (nccl); otherwise CPU (gloo)."""
+    sharding: Literal["none", "ddp", "fsdp2"] = "ddp"
+    """How several workers hold the trained network: `ddp` whole on each, `fsdp2` cut into shards
+    (weights, gradients, moments and EMA), `none` forbids more than one worker."""
+    accumulate_steps: int = 1
+    """Parts that a worker's share of a batch is worked through in, one after the other; the global
+    batch stays. Saves memory, changes no result beyond rounding."""
+    compile: bool = False
+    """Compile the trained network with torch.compile: minutes at the start, faster steps after."""
+    activation_checkpointing: bool = False
+    """Recompute block activations in the backward pass: about a third more compute, less memory."""
     data_actors: int = 1
     """Ray Data actors that shard, encode or sample at the same time."""
     parallel_stages: int = 2
@@ -56,9 +66,18 @@ class Compute:
     save_every_steps: int = 500
     """Steps between two training checkpoints."""
     save_every_s: float = 600.0
-    """Seconds after which a checkpoint is written even if `save_every_steps` is not reached."""
+    """Seconds after which the next log point writes a checkpoint even if `save_every_steps` is not
+    reached."""
     keep_checkpoints: int = 2
     """Training checkpoints kept per stage; older ones are deleted after a newer one is complete."""
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this many steps are kept until the stage is complete; 0: none."""
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is not finite does: stop the stage before its step, or leave
+    that step out and count it."""
+    rollback_after_skips: int = 8
+    """Steps left out in a row after which training goes back to its last checkpoint and goes on
+    with the next data; a second time without a new checkpoint stops the stage."""
     max_failures: int = 3
     """Restarts of the Ray Train worker group from the last checkpoint before the stage fails, and
     restarts after a lost Ray Train controller. Machines taken away with notice do not count."""
@@ -79,11 +98,19 @@ class Compute:
             _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
         for name in ("log_every_steps", "save_every_steps", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
-        _require(self.max_failures >= 0, "compute.max_failures", self.max_failures, "0 or more")
+        for name in ("accumulate_steps", "rollback_after_skips"):
+            _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
+        for name in ("max_failures", "keep_every_steps"):
+            _require(getattr(self, name) >= 0, f"compute.{name}", getattr(self, name), "0 or more")
         for name in ("collective_timeout_s", "hang_timeout_s"):
             _require(getattr(self, name) > 0, f"compute.{name}", getattr(self, name), "above 0")
         few, many = self.min_workers, self.num_workers
         _require(0 <= few <= many, "compute.min_workers", few, f"0 to num_workers={many}")
+        if self.sharding == "none" and self.num_workers > 1:
+            raise ValueError(
+                f"compute.sharding=none with compute.num_workers={self.num_workers}: expected one "
+                "worker; use sharding=ddp or fsdp2, or num_workers=1."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

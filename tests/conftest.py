@@ -1,5 +1,6 @@
 """Strict mode for every test: telemetry off, one torch thread, deterministic algorithms."""
 
+import importlib.util
 import os
 
 os.environ.update(
@@ -22,6 +23,11 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    if importlib.util.find_spec("pytest_timeout") is None:  # a GPU host may have pytest alone
+        parser.addini("timeout", "without pytest-timeout this has no effect")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

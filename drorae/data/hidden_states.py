@@ -1,7 +1,7 @@
 """Hidden states of a frozen encoder, computed on the fly or once.
 
 The encoder never changes during training, so its outputs can be kept: in memory for small sets, or
-as one memory-mapped file for every 512 images. All modes return the same float16-rounded numbers,
+in one file for every 512 images. All modes return the same float16-rounded numbers,
 so that the mode stays a question of speed.
 Size: layers * tokens * width * 2 bytes an image (2.4 MB for DINOv2-S, 4.7 MB for DINOv2-B at 256
 tokens).
@@ -79,7 +79,7 @@ class HiddenStates:
         self.mode = mode
         self._encoder = encoder
         self._batch_images = batch_images
-        self._blocks: dict[int, np.ndarray] = {}
+        self._blocks: dict[int, np.ndarray | BlockFile] = {}
         self._folder = Path()
         if mode == "disk":
             key = encoder_key or encoder_digest(encoder)
@@ -102,7 +102,8 @@ class HiddenStates:
         ids = np.asarray(ids, dtype=np.int64)
         if self.mode == "none":
             return torch.from_numpy(self._encode(ids))
-        rows = [self._block(int(i) // BLOCK_IMAGES)[int(i) % BLOCK_IMAGES] for i in ids]
+        places = [divmod(int(i), BLOCK_IMAGES) for i in ids]
+        rows = [self._block(number)[row] for number, row in places]
         return torch.from_numpy(np.stack(rows))
 
     def fill(
@@ -125,7 +126,7 @@ class HiddenStates:
             if on_progress is not None:
                 on_progress(done, len(wanted))
 
-    def _block(self, number: int) -> np.ndarray:
+    def _block(self, number: int) -> "np.ndarray | BlockFile":
         if number not in self._blocks:
             if self.mode == "memory":
                 self._blocks[number] = self._compute(number)
@@ -137,11 +138,11 @@ class HiddenStates:
         first = number * BLOCK_IMAGES
         return self._encode(np.arange(first, min(first + BLOCK_IMAGES, len(self))))
 
-    def _from_disk(self, number: int) -> np.ndarray:
+    def _from_disk(self, number: int) -> "BlockFile":
         path = self._folder / f"block-{number:06d}.npy"
         if not path.is_file():
             _save(path, self._compute(number))
-        return np.load(path, mmap_mode="r")
+        return BlockFile(path)
 
     @torch.no_grad()
     def _encode(self, ids: np.ndarray) -> np.ndarray:
@@ -159,6 +160,36 @@ class HiddenStates:
                 "Check the encoder weights and encoder.image_mean and image_std."
             )
         return stacked.numpy()
+
+
+class BlockFile:
+    """Rows of a `.npy` file by number, read one at a time.
+
+    Not memory-mapped: the pages of a mapping count as memory of the process that touches them (1.4
+    GB in the smoke recipe), and the system's cache serves both alike.
+
+    Args:
+        path: A C-ordered array with at least two axes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, self._dtype = np.lib.format.read_array_header_1_0(file)
+            self._start = file.tell()
+        self._row_shape = shape[1:]
+        self._row_values = int(np.prod(self._row_shape))
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        offset = self._start + row * self._row_values * self._dtype.itemsize
+        values = np.fromfile(self._path, self._dtype, self._row_values, offset=offset)
+        if len(values) != self._row_values:
+            raise RuntimeError(
+                f"{self._path} ends before row {row}: expected a complete block; delete the file, "
+                "the next run computes it again."
+            )
+        return values.reshape(self._row_shape)
 
 
 def to_unit(images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:

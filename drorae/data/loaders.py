@@ -9,9 +9,10 @@ latents when the stage stored mirrored ones, likewise.
 import queue
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ class TokenizerBatch:
     """Update that this batch feeds, from 0."""
     positions: Int[Tensor, " batch"]
     """Place of each image in the global batch; with `step` it fixes the noise."""
+    ids_digest: int
+    """CRC-32 of the ids of the whole global batch."""
     ids: np.ndarray
     """Ids of the images, int64."""
     images: Float[Tensor, "batch 3 height width"]
@@ -56,6 +59,8 @@ class LatentBatch:
     """Update that this batch feeds, from 0."""
     positions: Int[Tensor, " batch"]
     """Place of each latent in the global batch."""
+    ids_digest: int
+    """CRC-32 of the ids of the whole global batch."""
     ids: np.ndarray
     """Ids of the latents, int64."""
     latents: Float[Tensor, "batch channels height width"]
@@ -222,10 +227,10 @@ def tokenizer_batches(
     pick = _Picker(seed, len(images), global_batch, rank, world_size)
 
     def make(step: int) -> TokenizerBatch:
-        _, positions, ids = pick.at(step)
-        pixels, labels = images.read(ids)
-        states = hidden.read(ids).to(torch.float32) if hidden is not None else None
-        return TokenizerBatch(step, positions, ids, to_unit(pixels), labels, states)
+        place = pick.at(step)
+        pixels, labels = images.read(place.ids)
+        states = hidden.read(place.ids).to(torch.float32) if hidden is not None else None
+        return TokenizerBatch(step, *place[1:], to_unit(pixels), labels, states)
 
     return _closing(make, start_step, num_steps)
 
@@ -257,9 +262,9 @@ def crop_batches(
     pick = _Picker(seed, len(crops), global_batch, rank, world_size)
 
     def make(step: int) -> TokenizerBatch:
-        epoch, positions, ids = pick.at(step)
-        pixels, labels = crops.read(ids, epoch)
-        return TokenizerBatch(step, positions, ids, to_unit(pixels), labels, None)
+        place = pick.at(step)
+        pixels, labels = crops.read(place.ids, place.epoch)
+        return TokenizerBatch(step, *place[1:], to_unit(pixels), labels, None)
 
     return _closing(make, start_step, num_steps)
 
@@ -291,12 +296,22 @@ def latent_batches(
     pick = _Picker(seed, len(latents), global_batch, rank, world_size)
 
     def make(step: int) -> LatentBatch:
-        epoch, positions, ids = pick.at(step)
-        flip = flips(seed, epoch, ids) if latents.has_flip else None
-        values, labels = latents.read(ids, flip)
-        return LatentBatch(step, positions, ids, values, labels)
+        place = pick.at(step)
+        flip = flips(seed, place.epoch, place.ids) if latents.has_flip else None
+        values, labels = latents.read(place.ids, flip)
+        return LatentBatch(step, *place[1:], values, labels)
 
     return _closing(make, start_step, num_steps)
+
+
+class _Place(NamedTuple):
+    epoch: int
+    positions: Tensor
+    """In the global batch."""
+    ids_digest: int
+    """Of the global batch."""
+    ids: np.ndarray
+    """Of this rank."""
 
 
 class _Picker:
@@ -309,12 +324,12 @@ class _Picker:
         sample_order.steps_per_epoch(num_samples, global_batch)
         self._mine = sample_order.rank_slice(np.arange(global_batch), rank, world_size)
 
-    def at(self, step: int) -> tuple[int, Tensor, np.ndarray]:
-        """Epoch, positions in the global batch, ids."""
+    def at(self, step: int) -> _Place:
         sizes = self._num_samples, self._global_batch
         epoch, inner = sample_order.position(step, *sizes)
         ids = sample_order.batch_ids(self._seed, epoch, inner, *sizes)
-        return epoch, torch.from_numpy(self._mine), ids[self._mine]
+        digest = zlib.crc32(ids.tobytes())
+        return _Place(epoch, torch.from_numpy(self._mine), digest, ids[self._mine])
 
 
 def _closing(make: Callable[[int], T], start_step: int, num_steps: int) -> Iterator[T]:

@@ -1,9 +1,13 @@
 """The order of training samples: a function of (seed, epoch, step), whatever the workers.
 
-Every epoch is one permutation of all samples; a step takes the next `global_batch` of them and a
-remainder at the end of the epoch is dropped. A resumed run needs only its step number. The
-permutation sorts raw Philox words: their stream is fixed by the algorithm, whereas numpy may change
-how its `permutation` draws between versions.
+Every epoch is one permutation of all n samples; a step takes the next B = `global_batch` of them.
+Remainder rule, that of RAE's training: an epoch is floor(n / B) whole batches, in which floor(n /
+B) * B samples are used exactly once, and the last n mod B of the permutation are not. They are
+others in every epoch, since each has a permutation of its own, so no sample is lost for ever: the
+chance to sit out k epochs in a row is ((n mod B) / n)^k. Where B divides n, every sample is used
+exactly once per epoch. A resumed run needs only its step number. The permutation sorts raw Philox
+words: their stream is fixed by the algorithm, whereas numpy may change how its `permutation` draws
+between versions.
 """
 
 import functools

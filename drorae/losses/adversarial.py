@@ -5,13 +5,15 @@ W. As printed it needs two extra backward passes through perceptual net, discrim
 end. Here each loss is differentiated once, down to the image; both weight gradients follow by one
 matrix product each, and the decoder is traversed once with the sum:
 
-    gradient, weight = balanced_gradient(images, reconstruction, adversarial, last_layer)
-    images.backward(gradient)
+    by_reconstruction, by_adversarial = image_gradients(images, reconstruction, adversarial)
+    weight = adaptive_weight(last_layer(by_reconstruction), last_layer(by_adversarial))
+    images.backward(by_reconstruction + ADVERSARIAL_WEIGHT * weight * by_adversarial)
+
+Where a batch is spread over ranks or worked through in parts, both gradients at W are averaged over
+all of them before their norms are taken: the weight is that of the whole batch.
 
 Images are in [-1, 1] in this module, except where a docstring says otherwise.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +22,12 @@ from drorae.shapes import Float, Tensor
 
 __all__ = [
     "ADVERSARIAL_WEIGHT",
+    "NUM_DRAWS",
     "adaptive_weight",
     "augment",
-    "balanced_gradient",
-    "discriminator_loss",
     "generator_loss",
+    "hinge_loss",
+    "image_gradients",
     "quantise",
     "to_signed",
 ]
@@ -33,13 +36,12 @@ ADVERSARIAL_WEIGHT = 0.75  # RAE config; the paper says only "adaptive"
 MAX_ADAPTIVE_WEIGHT = 1e4  # RAE, generator losses
 ADAPTIVE_EPS = 1e-6  # RAE, generator losses
 TRANSLATION_SHARE = 0.125  # DiffAug: largest shift as a share of the side
+NUM_DRAWS = 5  # uniform numbers that `augment` takes for one sample
 
 
-def discriminator_loss(
-    real: Float[Tensor, "batch logits"], fake: Float[Tensor, "batch logits"]
-) -> Float[Tensor, ""]:
-    """Hinge loss of the discriminator: half of each side's mean."""
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+def hinge_loss(logits: Float[Tensor, "batch logits"], *, real: bool) -> Float[Tensor, ""]:
+    """Hinge loss of the discriminator on one side; its whole loss is half the sum of both sides."""
+    return F.relu(1 - logits if real else 1 + logits).mean()
 
 
 def generator_loss(fake: Float[Tensor, "batch logits"]) -> Float[Tensor, ""]:
@@ -56,29 +58,22 @@ def adaptive_weight(
     return ratio.clamp(0.0, MAX_ADAPTIVE_WEIGHT).detach()
 
 
-def balanced_gradient(
+def image_gradients(
     images: Float[Tensor, "batch 3 height width"],
     reconstruction: Float[Tensor, ""],
     adversarial: Float[Tensor, ""],
-    last_layer: Callable[[Tensor], Tensor],
-    weight: float = ADVERSARIAL_WEIGHT,
-) -> tuple[Float[Tensor, "batch 3 height width"], Float[Tensor, ""]]:
-    """Gradient of R + weight * adaptive * G at the decoder's output, and the adaptive weight.
-
-    Frees the graphs of both losses. The caller goes on with `images.backward(gradient)`.
+) -> tuple[Float[Tensor, "batch 3 height width"], Float[Tensor, "batch 3 height width"]]:
+    """Gradients of R and of G at the images. Frees the graphs of both losses.
 
     Args:
-        images: Decoder output, in any units, from which both losses were computed.
+        images: Decoder output, in any units, from which both losses were computed; best a detached
+            copy, which keeps the decoder's graph out of this.
         reconstruction: R, all reconstruction terms already weighted.
         adversarial: G.
-        last_layer: Image gradient to last-weight gradient: `Decoder.last_layer_gradient` with its
-            features bound.
-        weight: Factor of the adversarial term.
     """
     (by_reconstruction,) = torch.autograd.grad(reconstruction, images)
     (by_adversarial,) = torch.autograd.grad(adversarial, images)
-    adaptive = adaptive_weight(last_layer(by_reconstruction), last_layer(by_adversarial))
-    return by_reconstruction + weight * adaptive * by_adversarial, adaptive
+    return by_reconstruction, by_adversarial
 
 
 def to_signed(
@@ -99,42 +94,35 @@ def quantise(
 
 
 def augment(
-    images: Float[Tensor, "batch 3 height width"], generator: torch.Generator
+    images: Float[Tensor, "batch 3 height width"], draws: Float[Tensor, "batch draws"]
 ) -> Float[Tensor, "batch 3 height width"]:
     """DiffAug (arXiv:2006.10738) as RAE uses it: translation and colour, always on, no cutout.
 
-    Differentiable in the images; every draw is per sample. Real and fake images are augmented with
-    independent draws.
+    Differentiable in the images. A sample's augmentation depends on its own draws alone. Real and
+    fake images are augmented with independent draws.
 
     Args:
         images: In [-1, 1].
-        generator: Source of randomness, on any device.
+        draws: `NUM_DRAWS` uniform numbers in [0, 1) for each sample: rows, columns, brightness,
+            saturation, contrast.
     """
-    images = _translate(images.float(), generator)
-    images = images + (_draw(images, generator) - 0.5)  # brightness
+    draws = draws.to(images.device)
+    images = _translate(images.float(), draws[:, :2])
+    brightness, saturation, contrast = (draws[:, i].view(-1, 1, 1, 1) for i in range(2, NUM_DRAWS))
+    images = images + (brightness - 0.5)
     grey = images.mean(dim=1, keepdim=True)
-    images = grey + (images - grey) * (2 * _draw(images, generator))  # saturation
+    images = grey + (images - grey) * (2 * saturation)
     centre = images.mean(dim=(1, 2, 3), keepdim=True)
-    return centre + (images - centre) * (_draw(images, generator) + 0.5)  # contrast
+    return centre + (images - centre) * (contrast + 0.5)
 
 
-def _draw(images: Tensor, generator: torch.Generator) -> Tensor:
-    """One uniform number per sample, ready to broadcast."""
-    values = torch.rand(len(images), 1, 1, 1, generator=generator, device=generator.device)
-    return values.to(images.device)
-
-
-def _translate(images: Tensor, generator: torch.Generator) -> Tensor:
+def _translate(images: Tensor, draws: Tensor) -> Tensor:
     """Shift each sample by whole pixels up to an eighth of its side; zeros come in from outside."""
     batch, _, height, width = images.shape
     limits = [round(TRANSLATION_SHARE * side) for side in (height, width)]
-    shifts = [
-        torch.randint(0, 2 * m + 1, (batch, 1), generator=generator, device=generator.device)
-        for m in limits
-    ]
     rows, columns = (
-        (torch.arange(side, device=images.device) + shift.to(images.device))
-        for side, shift in zip((height, width), shifts, strict=True)
+        torch.arange(side, device=images.device) + (draw * (2 * m + 1)).long()[:, None]
+        for side, draw, m in zip((height, width), draws.unbind(1), limits, strict=True)
     )
     padded = F.pad(images, (limits[1], limits[1], limits[0], limits[0])).permute(0, 2, 3, 1)
     sample = torch.arange(batch, device=images.device)[:, None, None]

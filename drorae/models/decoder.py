@@ -8,6 +8,7 @@ linear layer. Sizes are in
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,10 @@ from drorae.models.layers import (
     sincos_position_table,
     tokens_to_map,
 )
+from drorae.models.matmul import Linear
 from drorae.shapes import Float, Tensor
 
-__all__ = ["Decoder", "DecoderConfig", "decoder_preset"]
+__all__ = ["Decoder", "DecoderConfig", "DecoderOutput", "decoder_preset"]
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {
@@ -34,6 +36,15 @@ ACTIVATIONS = {
     "relu": F.relu,
     "silu": F.silu,
 }
+
+
+class DecoderOutput(NamedTuple):
+    """Images, and what the last linear layer made them from."""
+
+    images: Tensor
+    """[B, 3, H, W] in [0, 1] units, not clamped."""
+    features: Tensor
+    """Input of the last layer, detached, [B, patches, width]."""
 
 
 class Decoder(nn.Module):
@@ -53,14 +64,14 @@ class Decoder(nn.Module):
         self.config = config
         self.recompute = recompute
         width, eps = config.width, config.layer_norm_eps
-        self.decoder_embed = nn.Linear(config.latent_channels, width)
+        self.decoder_embed = Linear(config.latent_channels, width)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
         table = sincos_position_table(width, config.grid)
         positions = torch.cat([torch.zeros(1, width), table])[None]  # the class token has none
         self.register_buffer("decoder_pos_embed", positions)
         self.decoder_layers = nn.ModuleList(_Block(config) for _ in range(config.layers))
         self.decoder_norm = nn.LayerNorm(width, eps=eps)
-        self.decoder_pred = nn.Linear(width, config.patch_px**2 * 3)
+        self.decoder_pred = Linear(width, config.patch_px**2 * 3)
         mean, std = (
             torch.tensor(v).view(1, 3, 1, 1) for v in (config.image_mean, config.image_std)
         )
@@ -68,9 +79,13 @@ class Decoder(nn.Module):
         self.register_buffer("image_std", std, persistent=False)
 
     def forward(
-        self, tokens: Float[Tensor, "batch tokens channels"]
-    ) -> Float[Tensor, "batch 3 side side"]:
+        self, tokens: Float[Tensor, "batch tokens channels"], *, with_features: bool = False
+    ) -> Float[Tensor, "batch 3 side side"] | DecoderOutput:
         """Decode latents as the encoder gives them, not normalised by latent statistics.
+
+        Args:
+            tokens: Latents.
+            with_features: Return `DecoderOutput`, for `last_layer_gradient`.
 
         Returns:
             Images in [0, 1] units, not clamped.
@@ -78,7 +93,9 @@ class Decoder(nn.Module):
         Raises:
             ValueError: If channels differ from the configuration or the tokens fill no square.
         """
-        return self.pixels(self.features(tokens))
+        features = self.features(tokens)
+        images = self.pixels(features)
+        return DecoderOutput(images, features.detach()) if with_features else images
 
     def features(
         self, tokens: Float[Tensor, "batch tokens channels"]
@@ -146,9 +163,9 @@ class _Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.attention = nn.ModuleDict(
-            {name: nn.Linear(width, width, bias=qkv_bias) for name in ("query", "key", "value")}
+            {name: Linear(width, width, bias=qkv_bias) for name in ("query", "key", "value")}
         )
-        self.output = nn.ModuleDict({"dense": nn.Linear(width, width)})
+        self.output = nn.ModuleDict({"dense": Linear(width, width)})
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = (self.attention[name](x) for name in ("query", "key", "value"))
@@ -163,8 +180,8 @@ class _Block(nn.Module):
         width, hidden, eps = config.width, config.mlp_hidden, config.layer_norm_eps
         self.activation = ACTIVATIONS[config.hidden_act]
         self.attention = _Attention(width, config.heads, config.qkv_bias)
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden)})
-        self.output = nn.ModuleDict({"dense": nn.Linear(hidden, width)})
+        self.intermediate = nn.ModuleDict({"dense": Linear(width, hidden)})
+        self.output = nn.ModuleDict({"dense": Linear(hidden, width)})
         self.layernorm_before = nn.LayerNorm(width, eps=eps)
         self.layernorm_after = nn.LayerNorm(width, eps=eps)
 

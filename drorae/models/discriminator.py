@@ -18,6 +18,7 @@ from torch import nn
 from drorae.models.discriminator_config import DiscriminatorConfig
 from drorae.models.encoder import ASSET_PREFIX, IMAGENET_MEAN, IMAGENET_STD
 from drorae.models.layers import attend
+from drorae.models.matmul import Linear
 from drorae.shapes import Float, Tensor
 
 __all__ = ["Discriminator", "DiscriminatorConfig", "build_discriminator"]
@@ -97,13 +98,9 @@ class _TrunkBlock(nn.Module):
         super().__init__()
         self.num_heads = heads
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.attn = nn.ModuleDict(
-            {"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)}
-        )
+        self.attn = nn.ModuleDict({"qkv": Linear(width, 3 * width), "proj": Linear(width, width)})
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.mlp = nn.ModuleDict(
-            {"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)}
-        )
+        self.mlp = nn.ModuleDict({"fc1": Linear(width, 4 * width), "fc2": Linear(4 * width, width)})
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.attn["qkv"](self.norm1(x)).chunk(3, dim=-1)

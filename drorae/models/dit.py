@@ -28,6 +28,7 @@ from drorae.models.dit_layers import (
     unpatchify,
 )
 from drorae.models.layers import sincos_position_table
+from drorae.models.matmul import Linear
 from drorae.models.rotary import RotaryPositions
 from drorae.shapes import Bool, Float, Int, Tensor
 
@@ -70,7 +71,7 @@ class DiT(nn.Module):
         self.final_layer = self._build_final_layer(-1)
         if config.has_head:
             self.s_embedder = PatchEmbedding(config.in_channels, width, config.patches[0])
-            self.s_projector = nn.Linear(width, out_width) if width != out_width else nn.Identity()
+            self.s_projector = Linear(width, out_width) if width != out_width else nn.Identity()
         self.pos_embed = self._build_positions() if config.use_pos_embed else None
         self._build_rotary()
         self.blocks = nn.ModuleList(

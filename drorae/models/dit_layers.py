@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from drorae.models.matmul import Linear
 from drorae.models.rotary import RotaryPositions
 from drorae.shapes import Float, Int, Tensor
 
@@ -39,7 +40,8 @@ EMBEDDING_STD = 0.02  # DiT: label table and time MLP
 
 def _full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Autocast switched off, on devices that know autocast (the meta device does not)."""
-    if torch.amp.is_autocast_available(device.type):
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
@@ -110,7 +112,7 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         self.W = nn.Parameter(torch.randn(NUM_FREQUENCIES), requires_grad=False)
         self.mlp = nn.Sequential(
-            nn.Linear(2 * NUM_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)
+            Linear(2 * NUM_FREQUENCIES, width), nn.SiLU(), Linear(width, width)
         )
 
     def reset(self) -> None:
@@ -160,6 +162,8 @@ class RmsNorm(nn.Module):
 
     def forward(self, states: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Normalise the last axis."""
+        if states.dtype in (torch.float32, torch.float64) and states.dtype == self.weight.dtype:
+            return F.rms_norm(states, self.weight.shape, self.weight, NORM_EPS)
         wide = states.to(torch.promote_types(states.dtype, torch.float32))
         normed = F.rms_norm(wide, self.weight.shape, eps=NORM_EPS).to(states.dtype)
         return normed * self.weight
@@ -184,10 +188,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int, *, use_qknorm: bool, use_rmsnorm: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         norm = (RmsNorm if use_rmsnorm else nn.LayerNorm) if use_qknorm else nn.Identity
         self.q_norm, self.k_norm = norm(width // num_heads), norm(width // num_heads)
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(
         self, tokens: Float[Tensor, "batch tokens dim"], rotary: RotaryPositions | None
@@ -217,8 +221,8 @@ class SwiGlu(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.w12 = nn.Linear(width, 2 * hidden)
-        self.w3 = nn.Linear(hidden, width)
+        self.w12 = Linear(width, 2 * hidden)
+        self.w3 = Linear(hidden, width)
 
     def forward(self, tokens: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Apply to each token."""
@@ -236,8 +240,8 @@ class GeluMlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, tokens: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Apply to each token."""
@@ -245,7 +249,7 @@ class GeluMlp(nn.Module):
 
 
 def _build_modulation(width: int, num_chunks: int) -> nn.Sequential:
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, num_chunks * width))
+    return nn.Sequential(nn.SiLU(), Linear(width, num_chunks * width))
 
 
 def _make_zero(linear: nn.Module) -> None:
@@ -310,8 +314,10 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulation(
             self.adaLN_modulation, condition, 6
         )
-        tokens = tokens + gate_a * self.attn(self.norm1(tokens) * (1 + scale_a) + shift_a, rotary)
-        return tokens + gate_m * self.mlp(self.norm2(tokens) * (1 + scale_m) + shift_m)
+        seen = torch.addcmul(shift_a, self.norm1(tokens), 1 + scale_a)
+        tokens = torch.addcmul(tokens, gate_a, self.attn(seen, rotary))
+        seen = torch.addcmul(shift_m, self.norm2(tokens), 1 + scale_m)
+        return torch.addcmul(tokens, gate_m, self.mlp(seen))
 
 
 class FinalLayer(nn.Module):
@@ -326,7 +332,7 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, num_values: int, *, use_rmsnorm: bool) -> None:
         super().__init__()
         self.norm_final = _build_norm(width, use_rmsnorm)
-        self.linear = nn.Linear(width, num_values)
+        self.linear = Linear(width, num_values)
         self.adaLN_modulation = _build_modulation(width, 2)
 
     def reset(self) -> None:
@@ -341,4 +347,4 @@ class FinalLayer(nn.Module):
     ) -> Float[Tensor, "batch tokens values"]:
         """Patch values of each token."""
         shift, scale = _modulation(self.adaLN_modulation, condition, 2)
-        return self.linear(self.norm_final(tokens) * (1 + scale) + shift)
+        return self.linear(torch.addcmul(shift, self.norm_final(tokens), 1 + scale))

@@ -29,6 +29,7 @@ from drorae.models.encoder_config import (
     check_layers,
 )
 from drorae.models.layers import normalise_features
+from drorae.models.matmul import use_faster_products
 from drorae.shapes import Float, Tensor
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Encoder", "EncoderConfig", "build_encoder"]
@@ -55,6 +56,7 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig, backbone: nn.Module) -> None:
         super().__init__()
         self.config = config
+        use_faster_products(backbone)
         self.backbone = backbone.eval().requires_grad_(False)
         settings: Any = backbone.config
         self._check_backbone(settings)

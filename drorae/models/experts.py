@@ -1,11 +1,12 @@
 """Depth experts, router and aggregations: the learned parts of a fusion.
 
-All layers are computed together: parameters are stacked along the layer axis and every expert is
-one batched matrix product.
+All layers are computed together: parameters are stacked along the layer axis and the experts are
+batched matrix products; `drorae.models.expert_mixture` has their arithmetic.
 
 Start: every expert begins as the identity on its normalised layer (exactly when `expert_hidden` is
 at least twice the width, or the width without activation; otherwise a projection on a random
-subspace), and the router begins with weight 1 on the last layer and almost 0 elsewhere. So z_fuse
+subspace, of half the rank of `expert_hidden`, or of all of it where that is less than half the
+width), and the router begins with weight 1 on the last layer and almost 0 elsewhere. So z_fuse
 starts as z_base and step 0 reconstructs like RAE. The paper gives no initialisation; a zero last
 matrix is not usable, because LayerNorm of zeros has gradients of order 1 / sqrt(eps).
 """
@@ -17,18 +18,19 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from drorae.models.expert_mixture import ExpertParameters, ExpertSettings, mix_experts
 from drorae.models.fusion_config import FusionConfig
-from drorae.models.layers import grid_side, normalise_features
+from drorae.models.layers import grid_side
+from drorae.models.matmul import Linear
 from drorae.shapes import Float, Tensor
 
 __all__ = ["Experts", "LayerAttention", "Router", "depth_groups", "router_view", "routing_penalty"]
 
-HIDDEN_NORM_EPS = 1e-5  # torch's LayerNorm default; the paper gives none for the experts' own norm
 ROUTER_INIT_STD = (
     0.02  # of one raw weight on unit-variance input: turns z_final by less than 1 degree
 )
+GELU_SHIFT = 3.0  # GELU(n + 3) of unit-variance n is a straight line to 3 percent
 SOFTMAX_LAST_LOGIT = 6.0  # softmax over 12 layers: 0.97 on the last
 
 
@@ -69,25 +71,51 @@ class Experts(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start every expert as the identity, or as a projection where it is too narrow."""
+        dim, hidden = self.up_weight.shape[1:]
+        is_shifted = self.activation == "gelu" and hidden < dim / 2
+        paired = self.activation == "gelu" and not is_shifted
         for up, down in zip(self.up_weight, self.down_weight, strict=True):
-            _fill_identity(up, down, paired=self.activation == "gelu")
+            _fill_identity(up, down, paired=paired)
+        self.norm_bias.fill_(GELU_SHIFT if is_shifted else 0.0)
+        level = F.gelu(self.norm_bias) if is_shifted else self.norm_bias
+        self.down_bias.copy_(-level @ self.down_weight)
 
     def forward(
         self, normalised: Float[Tensor, "batch layers tokens dim"]
     ) -> Float[Tensor, "batch layers tokens dim"]:
         """h_k = LN(e_k(LN(z(k)))) for every layer; the input is already normalised."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._transform, normalised, use_reentrant=False)
-        return self._transform(normalised)
+        return self._mix(normalised, None)
 
-    def _transform(self, normalised: Tensor) -> Tensor:
-        hidden = torch.einsum("blnc,lch->blnh", normalised, self.up_weight) + self.up_bias
-        hidden = F.layer_norm(hidden, hidden.shape[-1:], eps=HIDDEN_NORM_EPS)
-        hidden = hidden * self.norm_weight + self.norm_bias
-        if self.activation == "gelu":
-            hidden = F.gelu(hidden)
-        output = torch.einsum("blnh,lhc->blnc", hidden, self.down_weight) + self.down_bias
-        return normalise_features(output, self.eps)
+    def mixed(
+        self,
+        normalised: Float[Tensor, "batch layers tokens dim"],
+        weights: Float[Tensor, "batch tokens layers"],
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Sum of w_k h_k over the layers, without holding the h_k side by side."""
+        return self._mix(normalised, weights[:, :, None])[:, :, 0]
+
+    def mixed_in_groups(
+        self,
+        normalised: Float[Tensor, "batch layers tokens dim"],
+        weights: Float[Tensor, "batch tokens layers"],
+        groups: list[slice],
+    ) -> tuple[Float[Tensor, "batch tokens dim"], ...]:
+        """The same sum over each group of layers."""
+        rows = weights.new_zeros(len(groups), weights.shape[-1])
+        for row, layers in zip(rows, groups, strict=True):
+            row[layers] = 1.0
+        return self._mix(normalised, weights[:, :, None] * rows).unbind(2)
+
+    def _mix(self, normalised: Tensor, mixing: Tensor | None) -> Tensor:
+        kind = normalised.device.type
+        # The meta device knows no autocast.
+        is_narrow = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if is_narrow else normalised.dtype
+        names = ExpertParameters._fields
+        parameters = ExpertParameters(*(getattr(self, name).to(dtype) for name in names))
+        mixing = None if mixing is None else mixing.to(dtype)
+        settings = ExpertSettings(self.activation == "gelu", self.eps, self.recompute)
+        return mix_experts(normalised.to(dtype), mixing, parameters, settings)
 
 
 def _fill_identity(up: Tensor, down: Tensor, paired: bool) -> None:
@@ -95,7 +123,8 @@ def _fill_identity(up: Tensor, down: Tensor, paired: bool) -> None:
 
     GELU(a) - GELU(-a) = a, so columns that come as (q, -q) with weights (q, -q) behind them pass
     q.x unchanged; opposite columns also keep the hidden mean at 0, so that the hidden LayerNorm
-    only scales. Without activation single columns do. Remaining columns are random features with no
+    only scales. Without activation single columns do, and with the hidden units moved to where GELU
+    is almost straight. Remaining columns are random features with no
     weight yet. Columns have norm 1: unit-variance output on normalised input.
     """
     dim, hidden = up.shape
@@ -129,7 +158,7 @@ class Router(nn.Module):
         self.config = config
         self.last_weight = last_weight
         seen = num_layers * dim if config.router_scope == "all" else dim
-        self.linear = nn.Linear(seen, num_layers)
+        self.linear = Linear(seen, num_layers)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -180,8 +209,8 @@ class LayerAttention(nn.Module):
 
     def __init__(self, num_layers: int, dim: int) -> None:
         super().__init__()
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim)
+        self.query = Linear(dim, dim)
+        self.key = Linear(dim, dim)
         self.layer_bias = nn.Parameter(torch.zeros(num_layers))
         with torch.no_grad():
             self.query.weight.normal_(std=ROUTER_INIT_STD)

@@ -85,9 +85,13 @@ class DepthRoutedFusion(nn.Module):
         hidden = hidden[:, -self.num_layers :]
         features = normalise_features(hidden, self.eps)  # LN_bb(z(k))
         base = features[:, -1]  # Eq. 1
-        experts = self.experts(features)  # Eq. 2
-        weights, router_norm = self._route(hidden, features, experts)  # Eq. 3
-        mixed = torch.einsum("bnl,blnc->bnc", weights, experts)
+        if self.config.aggregation == "cross_attention":
+            experts = self.experts(features)  # Eq. 2
+            weights, router_norm = self.router(base, experts), None
+            mixed = torch.einsum("bnl,blnc->bnc", weights, experts)
+        else:
+            weights, router_norm = self._route(hidden, features)  # Eq. 3
+            mixed = self.experts.mixed(features, weights)  # Eq. 2 and the sum of Eq. 4
         fused = normalise_features(mixed, self.eps)  # Eq. 4
         latent = fused
         if self.config.incremental:
@@ -101,11 +105,7 @@ class DepthRoutedFusion(nn.Module):
             penalty=routing_penalty(self.config, weights),
         )
 
-    def _route(
-        self, hidden: Tensor, features: Tensor, experts: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        if self.config.aggregation == "cross_attention":
-            return self.router(features[:, -1], experts), None
+    def _route(self, hidden: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         raw = self.router(hidden, features)
         norm = raw.detach().norm(dim=-1).mean()
         if self.config.aggregation == "softmax":

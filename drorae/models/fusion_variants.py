@@ -110,11 +110,11 @@ class CappedFusion(nn.Module):
         hidden = hidden[:, -self.num_layers :]
         features = normalise_features(hidden, self.eps)
         base = features[:, -1]
-        experts = self.experts(features)
         raw = self.router(hidden, features)
         energy = raw.square().sum(dim=-1, keepdim=True)
         weights = raw / torch.sqrt(energy.clamp_min(HIRAE_ENERGY_FLOOR))
-        step = sum(self._residual(g, weights, experts, base) for g in range(len(self.groups)))
+        mixed = self.experts.mixed_in_groups(features, weights, self.groups)
+        step = sum(self._residual(g, sums, base) for g, sums in enumerate(mixed))
         return FusionOutput(
             latent=normalise_features(base + step, self.eps),
             base=base,
@@ -123,9 +123,7 @@ class CappedFusion(nn.Module):
             penalty=routing_penalty(self.config, weights),
         )
 
-    def _residual(self, group: int, weights: Tensor, experts: Tensor, base: Tensor) -> Tensor:
-        layers = self.groups[group]
-        mixed = torch.einsum("bnl,blnc->bnc", weights[..., layers], experts[:, layers])
+    def _residual(self, group: int, mixed: Tensor, base: Tensor) -> Tensor:
         dropped = F.dropout(mixed, self.config.group_dropout[group], self.training)
         return cap_per_image(dropped, base, self.config.group_caps[group])
 
@@ -190,15 +188,14 @@ class AngleBudgetFusion(nn.Module):
         hidden = hidden[:, -self.num_layers :]
         features = normalise_features(hidden, self.eps)
         base = features[:, -1]
-        experts = self.experts(features)
         raw = self.router(hidden, features)
         weights = F.normalize(raw, dim=-1, eps=1e-8)
         view = router_view(self.config, hidden, features)
         angles = self.budget * torch.sigmoid(self.gate(view))  # [B, N, groups], radians
         tangent = torch.zeros_like(base)
-        for index, layers in enumerate(self.groups):
-            mixed = torch.einsum("bnl,blnc->bnc", weights[..., layers], experts[:, layers])
-            tangent = tangent + angles[..., index, None] * orthogonal_unit(mixed, base)
+        mixed = self.experts.mixed_in_groups(features, weights, self.groups)
+        for angle, sums in zip(angles.unbind(-1), mixed, strict=True):
+            tangent = tangent + angle[..., None] * orthogonal_unit(sums, base)
         return FusionOutput(
             latent=rotate(base, tangent),
             base=base,

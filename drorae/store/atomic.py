@@ -8,10 +8,13 @@ import errno
 import fcntl
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from typing import BinaryIO, TypeVar
 
 from drorae.store.errors import clear_errors
+
+T = TypeVar("T")
 
 TEMPORARY_MARK = ".tmp-"
 GUARD_NAME = ".lock"
@@ -26,6 +29,24 @@ def replace(path: str, chunks: Iterable[bytes]) -> None:
             write_through(unfinished, chunks)
             os.replace(unfinished, path)
         _sync_folder(path)
+
+
+def save(path: str, write: Callable[[BinaryIO], T]) -> T:
+    """Write a file through a function that gets it open; an older one stays until it is complete.
+
+    Returns:
+        What the function returns.
+    """
+    with clear_errors(path):
+        os.makedirs(_folder(path), exist_ok=True)
+        with temporary(path) as unfinished:
+            with open(unfinished, "xb") as target:
+                result = write(target)
+                target.flush()
+                os.fsync(target.fileno())
+            os.replace(unfinished, path)
+        _sync_folder(path)
+        return result
 
 
 def create(path: str, data: bytes) -> bool:

@@ -7,14 +7,15 @@ for (`patience.py`).
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from drorae.store import atomic, s3
 from drorae.store.errors import clear_errors, is_s3
@@ -111,6 +112,78 @@ def write_bytes(uri: str, data: bytes) -> FileEntry:
     )
 
 
+def write_with(uri: str, save: Callable[[BinaryIO], None]) -> FileEntry:
+    """Write a file through a function that gets an open one, atomically; hashed while written.
+
+    What is too large to lie in memory twice is written so.
+
+    Args:
+        uri: Where.
+        save: Writes the content from start to end, without seeking; called again after an outage.
+    """
+    if is_s3(uri):
+        with clear_errors(uri):
+            hashed = patiently(lambda: _save_s3(uri, save))
+    else:
+        hashed = atomic.save(uri, lambda target: _hashed_save(target, save))
+    return FileEntry(
+        name=uri.rsplit("/", 1)[-1], size_bytes=hashed.size_bytes, sha256=hashed.hash.hexdigest()
+    )
+
+
+class _HashedWriter(io.RawIOBase):
+    """Passes bytes on to an open file, counted and hashed."""
+
+    def __init__(self, target: BinaryIO):
+        self.target = target
+        self.hash = hashlib.sha256()
+        self.size_bytes = 0
+        self.error: Exception | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        try:
+            self.target.write(data)
+        except Exception as error:
+            self.error = error
+            raise
+        self.hash.update(data)
+        self.size_bytes += memoryview(data).nbytes
+        return memoryview(data).nbytes
+
+
+def _hashed_save(target: BinaryIO, save: Callable[[BinaryIO], None]) -> _HashedWriter:
+    writer = _HashedWriter(target)
+    try:
+        save(writer)  # pyright: ignore[reportArgumentType] - a raw file, all that `save` may use
+    except Exception as error:
+        if writer.error is None:
+            raise
+        # torch.save tells only that it could not write, not why (torch 2.15).
+        raise writer.error from error
+    return writer
+
+
+def _save_s3(uri: str, save: Callable[[BinaryIO], None]) -> _HashedWriter:
+    target = s3.filesystem().open(uri, "wb", block_size=s3.PART_BYTES)
+    try:
+        hashed = _hashed_save(target, save)
+        target.close()
+    except BaseException:
+        _abandon(target)
+        raise
+    return hashed
+
+
+def _abandon(target: Any) -> None:
+    """Give up an upload; close() would complete it and publish half a file."""
+    target.closed = True
+    with suppress(Exception):  # a server that is away keeps the parts that it has
+        target.discard()
+
+
 def encode_json(value: Any) -> bytes:
     """JSON as this project stores it: sorted keys, indented, final newline."""
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
@@ -165,10 +238,7 @@ def _upload_s3(source: _Hashed, uri: str) -> None:
             target.write(chunk)
         target.close()
     except BaseException:
-        # close() would complete the upload and publish half a file.
-        target.closed = True
-        with suppress(Exception):  # the parts already sent; a server that is away keeps them
-            target.discard()
+        _abandon(target)
         raise
 
 

@@ -10,10 +10,10 @@ nor the number of workers changes them. The configuration, `DiffusionStage`, is 
 """
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from drorae.diffusion.interpolation import add_noise, velocity_loss
 from drorae.diffusion.noise import sample_generator, sample_noise
@@ -23,8 +23,16 @@ from drorae.models.dit import DiT
 from drorae.shapes import Float, Int
 from drorae.training.jobs import DiffusionStage
 from drorae.training.loop import LoopTools, TrainReport
-from drorae.training.state import apply_update, begin, log_step, save_if_due
-from drorae.training.world import wrap_ddp
+from drorae.training.parallel import distribute
+from drorae.training.state import (
+    apply_update,
+    begin,
+    finish,
+    log_step,
+    mean_terms,
+    save_if_due,
+)
+from drorae.training.world import part_slices
 
 __all__ = ["DiffusionBatch", "draw_step", "loss_terms", "train_diffusion"]
 
@@ -43,6 +51,11 @@ class DiffusionBatch(Protocol):
     @property
     def positions(self) -> Int[Tensor, " batch"]:
         """Place of each latent in the global batch."""
+        ...
+
+    @property
+    def ids_digest(self) -> int:
+        """Checksum of the ids of the whole global batch, 32 bits."""
         ...
 
     @property
@@ -121,26 +134,55 @@ def train_diffusion(
     Raises:
         RuntimeError: Loss or gradient not finite; raised before the weights change.
     """
-    device = tools.world.device
+    device, compute = tools.world.device, tools.compute
     model.to(device).eval()  # labels are dropped in draw_step, not inside the network
-    wrapped = wrap_ddp(model, tools.world)
-    heads = {"with_base": True} if job.model.base_head_after is not None else {}
+    wrapped = distribute(model, tools.world, compute)
     state = begin(
         stage,
-        model,
+        wrapped,
         tools,
         optim=job.optim,
         num_steps=job.num_steps,
         ema_decay=job.ema_decay,
+        seed=seed,
     )
     for batch in state.meter.timed(batches(state.step)):
-        t, noise, labels = (x.to(device) for x in draw_step(job, batch, seed))
-        clean = batch.latents.to(device)
-        noisy = add_noise(clean, noise, t)
-        with torch.autocast(device.type, torch.bfloat16, enabled=job.precision == "bfloat16"):
-            output = wrapped(noisy, t, labels, **heads)
-        terms = loss_terms(job, output, clean, noise, t)
-        terms["grad_norm"] = apply_update(state, terms["loss"])
-        log_step(state, tools, terms, job.batch_images, job)
+        parts = _parts(job, batch, seed, compute.accumulate_steps)
+        rows: list[dict[str, Tensor]] = []
+
+        def loss_of(part: Part, rows: list[dict[str, Tensor]] = rows) -> Tensor:
+            rows.append(_forward(job, wrapped, Part(*(x.to(device) for x in part))))
+            return rows[-1]["loss"]
+
+        grad_norm = apply_update(state, parts, loss_of)
+        terms = mean_terms(rows) | {"grad_norm": grad_norm}
+        log_step(state, tools, terms, job.batch_images, job, batch.ids_digest)
         save_if_due(state, tools, job)
-    return TrainReport(ema=state.ema, history=state.history)
+    return finish(state)
+
+
+class Part(NamedTuple):
+    """What is worked through at once."""
+
+    clean: Tensor
+    t: Tensor
+    noise: Tensor
+    labels: Tensor
+
+
+def _parts(job: DiffusionStage, batch: DiffusionBatch, seed: int, num_parts: int) -> list[Part]:
+    """Equal parts of this rank's batch, with their draws."""
+    whole = Part(batch.latents, *draw_step(job, batch, seed))
+    return [
+        Part(*(value[rows] for value in whole))
+        for rows in part_slices(len(batch.positions), num_parts)
+    ]
+
+
+def _forward(job: DiffusionStage, network: nn.Module, part: Part) -> dict[str, Tensor]:
+    heads = {"with_base": True} if job.model.base_head_after is not None else {}
+    noisy = add_noise(part.clean, part.noise, part.t)
+    device_type = noisy.device.type
+    with torch.autocast(device_type, torch.bfloat16, enabled=job.precision == "bfloat16"):
+        output = network(noisy, part.t, part.labels, **heads)
+    return loss_terms(job, output, part.clean, part.noise, part.t)

@@ -1,5 +1,7 @@
 """Exponential moving average of the trained parameters, kept beside the module as a plain dict.
 
+Of a sharded module it is sharded alike: each rank averages its own shard.
+
 Only parameters that require gradients are averaged: multiplying frozen tensors (position tables,
 Fourier weights) by decay and adding them back lets them drift by rounding, a defect of the
 reference implementation.
@@ -10,6 +12,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from drorae.training.parallel import local
 
 __all__ = ["averaged", "ema_init", "ema_state_dict", "ema_update"]
 
@@ -27,15 +31,15 @@ def ema_init(module: nn.Module) -> dict[str, Tensor]:
 def ema_update(average: dict[str, Tensor], module: nn.Module, decay: float) -> None:
     """Average <- decay * average + (1 - decay) * parameter, in place, one fused call."""
     parameters = _trained(module)
-    current = [parameters[name].detach().float() for name in average]
+    current = [local(parameters[name].detach()).float() for name in average]
+    averages = [local(value) for value in average.values()]
     # torch 2.15 has no public name for the fused form.
-    torch._foreach_lerp_(list(average.values()), current, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_lerp_(averages, current, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def ema_state_dict(average: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """The module's whole state dict with the trained parameters replaced by their averages."""
-    state = {name: value.detach() for name, value in module.state_dict().items()}
-    return state | {name: value.to(state[name].dtype) for name, value in average.items()}
+def ema_state_dict(average: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A module's state dict with the trained parameters replaced by their averages."""
+    return state | {name: value.to(state[name]) for name, value in average.items()}
 
 
 @contextmanager
@@ -57,4 +61,4 @@ def averaged(average: dict[str, Tensor], module: nn.Module) -> Iterator[nn.Modul
 @torch.no_grad()
 def _copy_into(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
     for name, value in values.items():
-        parameters[name].copy_(value)
+        local(parameters[name]).copy_(local(value))

@@ -13,18 +13,22 @@ __all__ = ["Checkpointing", "LoopTools", "TrainReport"]
 
 
 class Checkpointing(Protocol):
-    """Where a loop keeps its state."""
+    """Where a loop keeps its state. Only rank 0 reads and writes."""
 
     def latest(self) -> dict[str, Any] | None:
         """Newest saved state, on the CPU; None if there is none."""
         ...
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint should follow `step` finished steps."""
+        """Whether a checkpoint should follow `step` finished steps, whatever the time."""
+        ...
+
+    def overdue(self) -> bool:
+        """Whether so much time has passed that the next log point should save."""
         ...
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Keep the state after `step` finished steps."""
+        """Keep the state after `step` finished steps; the loop goes on changing its tensors."""
         ...
 
 
@@ -39,15 +43,19 @@ class LoopTools:
     """Receives metrics and the step, on rank 0."""
     progress: Callable[[int, int], None]
     """Receives finished and total images, on rank 0."""
-    evaluators: Sequence[Callable[[int], dict[str, float]]] = ()
-    """Each is called on rank 0 with the step while the EMA weights are in place."""
+    evaluators: Sequence[Callable[[int, str], dict[str, float]]] = ()
+    """Each is called with the step and the first part of its metrics' names: `eval` while the EMA
+    weights are in place, `eval_online` with those that are trained. On rank 0, or where the weights
+    are sharded on every rank."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainReport:
-    """What a finished loop hands back."""
+    """What a finished loop hands back; the weights are whole on rank 0."""
 
     ema: dict[str, Tensor]
     """Averaged parameters."""
+    weights: dict[str, Tensor]
+    """The trained module's state dict."""
     history: list[dict[str, float]]
     """Every logged row, those of earlier attempts included."""

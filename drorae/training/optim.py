@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from drorae.training.jobs import OptimConfig
+from drorae.training.parallel import total_norm
 
 __all__ = ["build_optimizer", "clip_gradients", "learning_rate", "set_learning_rate"]
 
@@ -48,6 +49,12 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Clip by global norm and return the norm before clipping; `max_norm` 0 only measures."""
-    limit = max_norm if max_norm > 0 else float("inf")
-    return nn.utils.clip_grad_norm_(list(parameters), limit, error_if_nonfinite=False)
+    """Clip by the global norm over all ranks and return the norm before clipping.
+
+    `max_norm` 0 only measures.
+    """
+    trained = [p for p in parameters if p.grad is not None]
+    norm = total_norm([p.grad for p in trained if p.grad is not None])
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
+    return norm

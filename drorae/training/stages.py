@@ -131,10 +131,11 @@ def _train_decoder(
     torch.manual_seed(seed)
     frozen = build_encoder(encoder, asset_path)
     network = Decoder(decoder.model)
-    phase = decoder_phase(ctx.stage, _build_fusion(RAE, frozen), network, world)
+    fusion = _build_fusion(RAE, frozen)
+    phase = decoder_phase(ctx.stage, fusion, network, world, ctx.compute)
     report, schedule = _run_phase(ctx, world, seed, frozen, decoder.train, phase, RAE)
     settings = {"encoder": to_json(encoder), "model": to_json(decoder.model)}
-    return _write(ctx, world, "decoder", network, report, settings | {"schedule": schedule})
+    return _write(ctx, world, "decoder", report, settings | {"schedule": schedule})
 
 
 def _train_fusion(
@@ -143,12 +144,10 @@ def _train_fusion(
     torch.manual_seed(seed)
     frozen = build_encoder(encoder, asset_path)
     network = _build_fusion(fusion.model, frozen)
-    phase = fusion_phase(
-        network, load_decoder(ctx), world, adversarial=fusion.train.adversarial.weight > 0
-    )
+    phase = fusion_phase(network, load_decoder(ctx), world, ctx.compute)
     report, schedule = _run_phase(ctx, world, seed, frozen, fusion.train, phase, fusion.model)
     settings = {"encoder": to_json(encoder), "model": to_json(fusion.model)}
-    return _write(ctx, world, "fusion", network, report, settings | {"schedule": schedule})
+    return _write(ctx, world, "fusion", report, settings | {"schedule": schedule})
 
 
 def _record_fusion(ctx: StageContext, encoder: EncoderConfig, fusion: FusionStage) -> StageResult:
@@ -178,15 +177,15 @@ def _train_decoder_on(
     if use_fusion:
         fusion.load_state_dict(load_weights(str(ctx.inputs["fusion"].local("fusion.safetensors"))))
     network = load_decoder(ctx)
-    phase = decoder_phase(ctx.stage, fusion, network, world)
+    phase = decoder_phase(ctx.stage, fusion, network, world, ctx.compute)
     report, schedule = _run_phase(ctx, world, seed, frozen, job, phase, kind)
     settings = {"encoder": to_json(encoder), "model": to_json(network.config)}
-    return _write(ctx, world, "decoder", network, report, settings | {"schedule": schedule})
+    return _write(ctx, world, "decoder", report, settings | {"schedule": schedule})
 
 
 def _train_dit(ctx: StageContext, world: World, *, seed: int, job: DiffusionStage) -> StageResult:
     torch.manual_seed(seed)
-    world.local_batch(job.batch_images, f"{ctx.stage}.batch_images")
+    world.local_batch(job.batch_images, f"{ctx.stage}.batch_images", ctx.compute.accumulate_steps)
     latents = LatentShards(ctx.inputs["latents"], cache_path=ctx.compute.cache_path or None)
     model = DiT(job.model)
     # A setting of the process, which trains this stage only.
@@ -199,7 +198,7 @@ def _train_dit(ctx: StageContext, world: World, *, seed: int, job: DiffusionStag
         report = train_diffusion(job, model, watched(batches), tools, stage=ctx.stage, seed=seed)
     settings = {"model": to_json(job.model), "times": to_json(job.times)}
     settings |= {"prediction": job.prediction, "latents": ctx.inputs["latents"].key}
-    return _write(ctx, world, "dit", model, report, settings)
+    return _write(ctx, world, "dit", report, settings)
 
 
 def load_decoder(ctx: StageContext) -> Decoder:
@@ -221,31 +220,37 @@ def _fusion_config(ctx: StageContext) -> FusionConfig:
 
 
 class _Tools:
-    """Context manager around a loop: tracker, checkpoints, progress; closes the tracker."""
+    """Context manager around a loop: tracker, checkpoints, progress.
+
+    At the end the last checkpoint is written out and the tracker closed.
+    """
 
     def __init__(
         self, ctx: StageContext, world: World, evaluators: Sequence[Evaluator] = ()
     ) -> None:
         self._ctx, self._world, self._evaluators = ctx, world, evaluators
         self._tracker: Tracker = connect(ctx) if world.is_main else NullTracker()
+        compute = ctx.compute
+        self._checkpoints = TrainingCheckpoints(
+            work_uri=ctx.work_uri,
+            every_steps=compute.save_every_steps,
+            every_s=compute.save_every_s,
+            keep=compute.keep_checkpoints,
+            keep_every_steps=compute.keep_every_steps,
+        )
 
     def __enter__(self) -> LoopTools:
-        compute = self._ctx.compute
         return LoopTools(
             world=self._world,
-            compute=compute,
-            checkpoints=TrainingCheckpoints(
-                work_uri=self._ctx.work_uri,
-                every_steps=compute.save_every_steps,
-                every_s=compute.save_every_s,
-                keep=compute.keep_checkpoints,
-            ),
+            compute=self._ctx.compute,
+            checkpoints=self._checkpoints,
             log=self._tracker.log,
             progress=lambda done, total: self._ctx.progress(done, total, "images"),
             evaluators=[partial(evaluate, self._tracker) for evaluate in self._evaluators],
         )
 
     def __exit__(self, *exc: object) -> None:
+        self._checkpoints.wait()
         self._tracker.close()
 
 
@@ -259,7 +264,7 @@ def _run_phase(
     fusion: FusionConfig,
 ) -> tuple[TrainReport, dict[str, float]]:
     """Give the loop its batches, losses and tools; returns its report and the schedule."""
-    world.local_batch(job.batch_images, f"{ctx.stage}.batch_images")
+    world.local_batch(job.batch_images, f"{ctx.stage}.batch_images", ctx.compute.accumulate_steps)
     encoder = encoder.to(world.device)
     train, held_out = (_hidden_states(ctx, split, encoder, job) for split in ("train", "val"))
     job = in_steps(job, len(train))
@@ -269,7 +274,7 @@ def _run_phase(
     if job.lpips_weight:
         lpips = load_perceptual(asset_path(f"lpips-{job.lpips_net}")).to(world.device)
     blocks = blocks_read(fusion, encoder.config.block_numbers)
-    critic = _build_critic(job, world, seed)
+    critic = _build_critic(ctx, job, world, seed)
     with _Tools(ctx, world, [show]) as tools:
         report = train_tokenizer(
             job,
@@ -323,29 +328,37 @@ def _order(job: TokenizerTraining | DiffusionStage, world: World, seed: int) -> 
     }
 
 
-def _build_critic(job: TokenizerTraining, world: World, seed: int) -> Critic | None:
+def _build_critic(
+    ctx: StageContext, job: TokenizerTraining, world: World, seed: int
+) -> Critic | None:
     if job.adversarial.weight == 0:
         return None
     judge = build_discriminator(job.adversarial.discriminator, asset_path)
-    return Critic(judge, job.adversarial, num_steps=job.num_steps, world=world, seed=seed)
+    return Critic(
+        judge,
+        job.adversarial,
+        num_steps=job.num_steps,
+        world=world,
+        seed=seed,
+        on_non_finite=ctx.compute.on_non_finite,
+    )
 
 
 def _write(
     ctx: StageContext,
     world: World,
     name: str,
-    module: nn.Module,
     report: TrainReport,
     settings: dict[str, Any],
 ) -> StageResult:
     """Rank 0 writes averaged and online weights, the configuration and the training log."""
     if not world.is_main:
         return StageResult(files=[])
-    average = ema_state_dict(report.ema, module)
+    average = ema_state_dict(report.ema, report.weights)
     log = "".join(json.dumps(row) + "\n" for row in report.history)
     entries = [
         ctx.put_bytes(f"{name}.safetensors", weights_bytes(average)),
-        ctx.put_bytes(f"{name}_online.safetensors", weights_bytes(module.state_dict())),
+        ctx.put_bytes(f"{name}_online.safetensors", weights_bytes(report.weights)),
         ctx.put_json("config.json", settings),
         ctx.put_bytes("train_log.jsonl", log.encode()),
     ]

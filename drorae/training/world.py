@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-__all__ = ["World", "mean_over_ranks", "wrap_ddp"]
+__all__ = ["World", "mean_over_ranks", "part_slices", "wrap_ddp"]
 
 CPU = torch.device("cpu")
 
@@ -35,12 +35,20 @@ class World:
         """Whether this rank logs and writes."""
         return self.rank == 0
 
-    def local_batch(self, global_batch: int, name: str) -> int:
+    def local_batch(self, global_batch: int, name: str, num_parts: int = 1) -> int:
         """Images of one global batch that this rank takes.
 
         Raises:
-            ValueError: The batch does not divide over the ranks; names two sizes that do.
+            ValueError: The batch does not divide over ranks and parts; names two sizes that do.
         """
+        if num_parts > 1 and global_batch % (self.world_size * num_parts):
+            unit = self.world_size * num_parts
+            low = global_batch // unit * unit
+            raise ValueError(
+                f"{name}={global_batch} does not divide over {self.world_size} workers in "
+                f"compute.accumulate_steps={num_parts} parts each; use {max(low, unit)} or "
+                f"{low + unit}."
+            )
         if global_batch % self.world_size:
             low = global_batch // self.world_size * self.world_size
             raise ValueError(
@@ -55,6 +63,21 @@ def wrap_ddp(module: nn.Module, world: World) -> nn.Module:
     if world.world_size == 1:
         return module
     return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def part_slices(num_images: int, num_parts: int) -> list[slice]:
+    """Equal, contiguous parts of a rank's batch.
+
+    Raises:
+        ValueError: The images do not divide into so many parts.
+    """
+    if num_images % num_parts:
+        raise ValueError(
+            f"compute.accumulate_steps={num_parts} does not divide the {num_images} images of a "
+            "worker: expected equal parts; use a divisor."
+        )
+    size = num_images // num_parts
+    return [slice(start, start + size) for start in range(0, num_images, size)]
 
 
 def mean_over_ranks(values: Tensor, world: World) -> Tensor:

@@ -10,7 +10,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,11 @@ class NodeCluster:
 
     def kill_node(self, node: Any) -> None:
         """End all processes of a node at once, as when its machine loses power."""
-        pids = raylet_pids(node)
-        for pid in [*pids, *(child for pid in pids for child in descendants(pid))]:
-            os.kill(pid, signal.SIGKILL)
+        parents = raylet_pids(node)
+        children = [child for parent in parents for child in descendants(parent)]
+        for pid in parents + children:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._cluster.remove_node(node, allow_graceful=False)
 
     def close(self) -> None:

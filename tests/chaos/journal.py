@@ -4,6 +4,7 @@ A group of workers starts at the step of its checkpoint, and what an earlier gro
 is undone by that. So a step counts as the last group did it that started at or before it.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from pathlib import Path
 
 from drorae.data import sample_order
 from tests.chaos.stage import BATCH, SAMPLES
+
+POLL_S = 0.05
 
 
 @dataclass(kw_only=True, slots=True)
@@ -67,15 +70,14 @@ def wait_until(
     while not test():
         if time.monotonic() - started_s > timeout_s:
             raise TimeoutError(f"{what}: not within {timeout_s:.0f} s")
-        time.sleep(every_s)
+        time.sleep(POLL_S)
     return time.monotonic() - started_s
 
 
 def steps_redone(groups: list[Group]) -> list[int]:
     """For every restart, the steps that were begun before it and done again after it."""
     return [
-        max(0, before.next_step - after.start_step)
-        for before, after in zip(groups, groups[1:], strict=False)
+        max(0, before.next_step - after.start_step) for before, after in itertools.pairwise(groups)
     ]
 
 
@@ -95,7 +97,7 @@ def counted(groups: list[Group], num_steps: int) -> dict[int, list[int]]:
 
 
 def order_errors(groups: list[Group], num_steps: int, seed: int) -> list[str]:
-    """What is wrong with the samples that counted: each id once an epoch, in the order of the seed."""
+    """What is wrong with the samples that counted: each once an epoch, in the seed's order."""
     per_epoch = sample_order.steps_per_epoch(SAMPLES, BATCH)
     steps = counted(groups, num_steps)
     errors: list[str] = []

@@ -81,48 +81,48 @@ class Proxy:
 
 
 def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    return type("ProxyHandler", (_Handler,), {"proxy": proxy})
 
-        def do_GET(self) -> None:
-            body = self._body()
-            if proxy.refuses():
-                self._answer(503, [("Content-Type", "application/xml")], BUSY)
-                return
-            try:
-                answer = proxy.forward(self.command, self.path, self.headers, body)
-            except (OSError, http.client.HTTPException):
-                self.close_connection = True
-                return
-            self._answer(*answer)
 
-        do_PUT = do_POST = do_DELETE = do_HEAD = do_GET
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    proxy: Proxy
 
-        def _body(self) -> bytes:
-            if "chunked" not in self.headers.get("Transfer-Encoding", ""):
-                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            chunks = []
-            while size := int(self.rfile.readline().split(b";")[0], 16):
-                chunks.append(self.rfile.read(size))
-                self.rfile.readline()
-            while self.rfile.readline().strip():  # trailers
-                pass
-            return b"".join(chunks)
+    def do_GET(self) -> None:
+        body = self._body()
+        if self.proxy.refuses():
+            self._answer(503, [("Content-Type", "application/xml")], BUSY)
+            return
+        try:
+            answer = self.proxy.forward(self.command, self.path, self.headers, body)
+        except (OSError, http.client.HTTPException):
+            self.close_connection = True
+            return
+        self._answer(*answer)
 
-        def _answer(self, status: int, headers: Any, body: bytes) -> None:
-            self.send_response_only(status)
-            is_head = self.command == "HEAD"
-            for name, value in headers:
-                keep = is_head or name.lower() != "content-length"
-                if keep and name.lower() not in NOT_FORWARDED:
-                    self.send_header(name, value)
-            if not is_head:
-                self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if not is_head:
-                self.wfile.write(body)
+    do_PUT = do_POST = do_DELETE = do_HEAD = do_GET
 
-        def log_message(self, format: str, *args: Any) -> None:
-            """Print nothing."""
+    def _body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        chunks = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        while self.rfile.readline().strip():  # trailers
+            pass
+        return b"".join(chunks)
 
-    return Handler
+    def _answer(self, status: int, headers: Any, body: bytes) -> None:
+        is_head = self.command == "HEAD"  # it has the length of a body, but none
+        self.send_response_only(status)
+        for name, value in headers:
+            if name.lower() not in NOT_FORWARDED and (is_head or name.lower() != "content-length"):
+                self.send_header(name, value)
+        if not is_head:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(b"" if is_head else body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Print nothing."""

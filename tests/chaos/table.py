@@ -56,3 +56,8 @@ def render(rows: Sequence[Row]) -> str:
     ]
     text += [f"{row.scenario}: {problem}" for row in rows for problem in row.problems]
     return "\n".join(text)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+    return "| " + " | ".join(padded) + " |"

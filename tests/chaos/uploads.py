@@ -1,8 +1,8 @@
 """Checkpoint writes that are killed at a byte: `python -m tests.chaos.uploads FOLDER SEED COUNT`.
 
 A program of its own, since it forks. The kernel ends the writing process at the byte (limit of the
-file size, signal SIGXFSZ), whatever the code that writes: no part of the product is replaced. Prints
-what went wrong, as JSON.
+file size, signal SIGXFSZ), whatever the code that writes: no part of the product is replaced.
+Prints what went wrong, as JSON.
 """
 
 import json
@@ -34,8 +34,7 @@ def save_whole(folder: Path, step: int) -> None:
     """Save and wait until it is written."""
     target = checkpoints(folder)
     target.save(step, state(step))
-    if hasattr(target, "close"):
-        target.close()
+    target.wait()
 
 
 def save_until(folder: Path, step: int, num_bytes: int) -> bool:

@@ -1,14 +1,13 @@
-from functools import partial
-
 import pytest
 import torch
 
 from drorae.losses.adversarial import (
+    NUM_DRAWS,
     adaptive_weight,
     augment,
-    balanced_gradient,
-    discriminator_loss,
     generator_loss,
+    hinge_loss,
+    image_gradients,
     quantise,
     to_signed,
 )
@@ -24,9 +23,14 @@ def make_generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def draws_for(images, seed=0):
+    return torch.rand(len(images), NUM_DRAWS, generator=make_generator(seed))
+
+
 def test_hinge_losses_by_hand():
     real, fake = torch.tensor([[2.0, 0.0]]), torch.tensor([[-3.0, 1.0]])
-    assert discriminator_loss(real, fake).item() == pytest.approx(0.5 * (0.5 + 1.0))
+    assert hinge_loss(real, real=True).item() == pytest.approx(0.5)
+    assert hinge_loss(fake, real=False).item() == pytest.approx(1.0)
     assert generator_loss(fake).item() == pytest.approx(1.0)
 
 
@@ -76,10 +80,9 @@ def test_the_cheap_form_equals_the_definition(frozen):
     tokens.grad, last.grad = None, None
     decoder.requires_grad_(not frozen)
     features, images, reconstruction, adversarial = losses()
-    gradient, found = balanced_gradient(
-        images, reconstruction, adversarial, partial(decoder.last_layer_gradient, features)
-    )
-    images.backward(gradient)
+    pulls = image_gradients(images, reconstruction, adversarial)
+    found = adaptive_weight(*(decoder.last_layer_gradient(features, pull) for pull in pulls))
+    images.backward(pulls[0] + 0.75 * found * pulls[1])
     assert found.item() == pytest.approx(weight.item(), rel=1e-5)
     torch.testing.assert_close(tokens.grad, expected[0], rtol=1e-5, atol=1e-8)
     if frozen:
@@ -98,13 +101,18 @@ def test_fakes_are_rounded_to_the_values_of_8_bit_images():
     assert (found - images.clamp(-1, 1)).abs().max() <= 0.5 / 127.5 + 1e-6
 
 
-def test_augmentation_is_a_function_of_the_generator_and_differs_by_sample():
+def test_a_samples_augmentation_depends_on_its_own_draws():
     images = torch.rand(4, 3, 16, 16, generator=make_generator())
-    first = augment(images, make_generator(1))
-    assert torch.equal(first, augment(images, make_generator(1)))
-    assert not torch.equal(first, augment(images, make_generator(2)))
-    same = augment(images[:1].expand(4, -1, -1, -1), make_generator(1))
-    assert not torch.allclose(same[0], same[1])
+    draws = draws_for(images, 1)
+    first = augment(images, draws)
+    assert torch.equal(first[2:], augment(images[2:], draws[2:]))
+    assert not torch.equal(first, augment(images, draws_for(images, 2)))
+    for number in range(NUM_DRAWS):
+        changed = draws.clone()
+        changed[0, number] = 1 - changed[0, number]
+        again = augment(images, changed)
+        assert not torch.allclose(again[0], first[0])
+        assert torch.equal(again[1:], first[1:])
 
 
 def test_translation_is_at_most_an_eighth_and_brings_in_zeros():
@@ -112,14 +120,14 @@ def test_translation_is_at_most_an_eighth_and_brings_in_zeros():
 
     images = torch.zeros(200, 3, 16, 16)
     images[:, :, 8, 8] = 1.0
-    moved = _translate(images, make_generator())
+    moved = _translate(images, draws_for(images)[:, :2])
     rows, columns = (
         moved[:, 0].flatten(1).argmax(1) // 16 - 8,
         moved[:, 0].flatten(1).argmax(1) % 16 - 8,
     )
     for shifts in (rows, columns):
         assert set(shifts.tolist()) == {-2, -1, 0, 1, 2}
-    border = _translate(torch.ones(50, 3, 16, 16), make_generator())
+    border = _translate(torch.ones(50, 3, 16, 16), draws_for(range(50))[:, :2])
     assert (border == 0).any()
 
 
@@ -127,7 +135,7 @@ def test_colour_changes_stay_in_their_ranges():
     images = torch.full((500, 3, 8, 8), 0.25)
     images[:, 0] += 0.3
     images[:, 1] -= 0.3
-    found = augment(images, make_generator())[:, :, 4, 4]
+    found = augment(images, draws_for(images))[:, :, 4, 4]
     means = found.mean(1)
     assert found.shape == (500, 3)
     spread = (found[:, 0] - found[:, 1]) / 0.6  # saturation 0..2 times contrast 0.5..1.5
@@ -138,6 +146,6 @@ def test_colour_changes_stay_in_their_ranges():
 
 def test_gradients_pass_through_the_augmentation():
     images = torch.rand(2, 3, 16, 16, requires_grad=True)
-    augment(images, make_generator()).sum().backward()
+    augment(images, draws_for(images)).sum().backward()
     assert torch.isfinite(images.grad).all()
     assert images.grad.abs().sum() > 0

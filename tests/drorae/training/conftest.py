@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from loop_fakes import DIM, LAYERS, SAMPLES, SIDE, TOKENS, MemoryCheckpoints, ids_of
+from loop_fakes import DIM, LAYERS, SAMPLES, SIDE, TOKENS, MemoryCheckpoints, digest_of, ids_of
 
 from drorae.config import Compute
 from drorae.training.loop import LoopTools
@@ -39,7 +39,11 @@ def tokenizer_batches() -> Callable[..., Callable[[int], Iterator[Any]]]:
             for step in range(start, num_steps):
                 ids = ids_of(step, batch, seed)
                 yield SimpleNamespace(
-                    step=step, positions=torch.arange(batch), images=images[ids], hidden=hidden[ids]
+                    step=step,
+                    positions=torch.arange(batch),
+                    ids_digest=digest_of(ids),
+                    images=images[ids],
+                    hidden=hidden[ids],
                 )
 
         return batches
@@ -60,6 +64,7 @@ def latent_batches() -> Callable[..., Callable[[int], Iterator[Any]]]:
                 yield SimpleNamespace(
                     step=step,
                     positions=torch.arange(batch),
+                    ids_digest=digest_of(ids),
                     latents=latents[ids],
                     labels=labels[ids],
                 )

@@ -1,3 +1,4 @@
+import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,9 @@ class MemoryCheckpoints:
 
     def due(self, step: int) -> bool:
         return step % self.every == 0
+
+    def overdue(self) -> bool:
+        return False
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         self.saved[step] = copy_tree(state)
@@ -47,6 +51,10 @@ class Rows:
 
     def series(self, name: str) -> dict[int, float]:
         return {step: row[name] for step, row in self.rows if name in row}
+
+
+def digest_of(ids: np.ndarray) -> int:
+    return zlib.crc32(ids.tobytes())
 
 
 def ids_of(step: int, batch: int, seed: int) -> np.ndarray:

@@ -79,7 +79,7 @@ def test_averaged_swaps_the_weights_and_puts_them_back() -> None:
     with averaged(average, layer) as module:
         assert module(torch.ones(1, 1)).item() == 3.0
     assert layer(torch.ones(1, 1)).item() == 1.0
-    assert float(ema_state_dict(average, layer)["weight"]) == 3.0
+    assert float(ema_state_dict(average, layer.state_dict())["weight"]) == 3.0
 
 
 def test_averaged_puts_the_weights_back_after_an_error() -> None:

@@ -1,6 +1,7 @@
 import dataclasses
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from loop_fakes import DIM, LAYERS, TOKENS, MemoryCheckpoints, Rows
 from torch import Tensor, nn
 
+from drorae.losses.adversarial import augment, generator_loss, to_signed
 from drorae.models.decoder import Decoder, DecoderConfig
 from drorae.models.discriminator import DiscriminatorConfig, build_discriminator
 from drorae.models.fusion import FusionConfig, build_fusion
-from drorae.training.critic import Critic
+from drorae.training.critic import Critic, Judged
 from drorae.training.jobs import AdversarialConfig, OptimConfig, TokenizerTraining
 from drorae.training.tokenizer import (
     TokenizerPhase,
@@ -49,9 +51,9 @@ def make_fusion(kind: Any = "drorae") -> nn.Module:
     return build_fusion(FusionConfig(kind=kind, expert_hidden=8), LAYERS, DIM)
 
 
-def make_phase(name: str, adversarial: bool = False) -> TokenizerPhase:
+def make_phase(name: str) -> TokenizerPhase:
     if name == "fusion":
-        return fusion_phase(make_fusion(), make_decoder(), World(), adversarial=adversarial)
+        return fusion_phase(make_fusion(), make_decoder(), World())
     kind = "rae" if name == "decoder" else "drorae"
     return decoder_phase(name, make_fusion(kind), make_decoder(), World())
 
@@ -76,6 +78,9 @@ def test_a_phase_lowers_its_loss_and_changes_only_what_it_trains(
     losses = list(log.series("train/l1").values())
     assert sum(losses[-6:]) < sum(losses[:6])
     assert any(not torch.equal(before[k], v) for k, v in phase.trainable.state_dict().items())
+    norms = list(log.series("train/router_norm").values())
+    assert all(0.3 < norm < 3 for norm in norms)  # starts at 1
+    assert bool(norms) == (name != "decoder")
     if name == "fusion":
         assert all(torch.equal(frozen[k], v) for k, v in decoder.state_dict().items())
 
@@ -92,7 +97,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
         )
 
     def run(checkpoints: MemoryCheckpoints, num_batches: int, log: Rows) -> Any:
-        phase = make_phase(name, adversarial)
+        phase = make_phase(name)
         critic = make_critic(job) if adversarial else None
         tools = make_tools(checkpoints, log)
         batches = tokenizer_batches(num_batches, 4)
@@ -135,31 +140,40 @@ def test_the_adversarial_term_reaches_generator_and_discriminator(
     assert any(not torch.equal(before[k], after[k]) for k in before)
 
 
-def test_the_surrogate_has_the_gradient_of_the_weighted_sum() -> None:
+def test_pulls_balance_to_the_gradient_of_the_weighted_sum() -> None:
     job = dataclasses.replace(JOB, adversarial=AdversarialConfig(weight=0.5, discriminator=JUDGE))
     decoder, tokens, target = make_decoder(), torch.randn(2, TOKENS, DIM), torch.rand(2, 3, 8, 8)
-    weight = decoder.decoder_pred.weight
+    weight, positions, critic = decoder.decoder_pred.weight, torch.tensor([3, 7]), make_critic(job)
+    recon, features = decoder(tokens, with_features=True)
+    images = recon.detach().requires_grad_()
+    to_weight = partial(decoder.last_layer_gradient, features)
+    pull = critic.pull((images - target).abs().mean(), images, to_weight, positions, step=0)
+    (gradient,), terms = critic.balance([pull])
+    cheap = torch.autograd.grad(recon, weight, gradient)[0]
 
-    def losses(critic: Critic) -> tuple[Tensor, Tensor]:
-        recon = decoder(tokens)
-        loss = (recon - target).abs().mean()
-        return recon, loss
-
-    critic = make_critic(job)
-    recon, loss = losses(critic)
-    surrogate, terms = critic.add_to(loss, recon, weight, step=0)
-    cheap = torch.autograd.grad(surrogate, weight)[0]
-
-    from drorae.losses.adversarial import augment, generator_loss, to_signed
-
-    recon, loss = losses(critic)
+    recon = decoder(tokens)
     module = critic._module.eval()
-    gan = generator_loss(module(augment(to_signed(recon), critic._generator(0, "generator"))))
-    by_loss = torch.autograd.grad(loss, weight, retain_graph=True)[0]
+    draws = critic._draws(0, "generator", positions)
+    gan = generator_loss(module(augment(to_signed(recon), draws)))
+    by_loss = torch.autograd.grad((recon - target).abs().mean(), weight, retain_graph=True)[0]
     by_gan = torch.autograd.grad(gan, weight, retain_graph=True)[0]
     adaptive = by_loss.norm() / (by_gan.norm() + 1e-6)
     torch.testing.assert_close(terms["gan_weight"], adaptive, rtol=1e-5, atol=0)
     torch.testing.assert_close(cheap, by_loss + 0.5 * adaptive * by_gan, rtol=1e-5, atol=1e-8)
+
+
+def test_augmentation_is_drawn_by_place_in_the_global_batch() -> None:
+    job = dataclasses.replace(JOB, adversarial=AdversarialConfig(weight=0.5, discriminator=JUDGE))
+    critic = make_critic(job)
+    whole = critic._draws(3, "real", torch.arange(6))
+    assert torch.equal(whole[[4, 1]], critic._draws(3, "real", torch.tensor([4, 1])))
+    assert not torch.equal(whole, critic._draws(4, "real", torch.arange(6)))
+    assert not torch.equal(whole, critic._draws(3, "fake", torch.arange(6)))
+    many = critic._draws(0, "fake", torch.arange(4000))
+    assert many.min() >= 0
+    assert many.max() < 1
+    # 4000 uniform draws: the mean of each column is known to 0.005
+    torch.testing.assert_close(many.mean(0), torch.full((5,), 0.5), atol=0.03, rtol=0)
 
 
 def test_a_non_finite_loss_names_its_step_and_keeps_the_last_good_weights(
@@ -179,21 +193,27 @@ def test_a_non_finite_loss_names_its_step_and_keeps_the_last_good_weights(
     assert all(torch.isfinite(v).all() for v in phase.trainable.state_dict().values())
 
 
-def test_evaluators_see_the_average_and_the_loop_goes_on_with_the_online_weights(
+def test_evaluators_see_online_weights_and_average_and_the_loop_goes_on_with_the_former(
     tokenizer_batches: Callable, make_tools: Callable
 ) -> None:
     phase, seen = make_phase("decoder"), []
 
-    def look(step: int) -> dict[str, float]:
-        seen.append((step, phase.trainable.decoder_pred.weight.detach().clone()))
-        return {"eval/x": 1.0}
+    def look(step: int, prefix: str) -> dict[str, float]:
+        seen.append((step, prefix, phase.trainable.decoder_pred.weight.detach().clone()))
+        assert not phase.trainable.training
+        return {f"{prefix}/x": float(step)}
 
     tools = make_tools(evaluators=[look])
     report = train_tokenizer(JOB, phase, tokenizer_batches(6, 4), None, tools, seed=0)
-    assert [step for step, _ in seen] == [3, 6]
-    assert torch.equal(seen[-1][1], report.ema["decoder_pred.weight"])
-    assert not torch.equal(seen[-1][1], phase.trainable.decoder_pred.weight)
-    assert {"step": 6, "eval/x": 1.0} in report.history
+    assert [(s, name) for s, name, _ in seen] == [
+        (s, name) for s in (3, 6) for name in ("eval_online", "eval")
+    ]
+    assert torch.equal(seen[-1][2], report.ema["decoder_pred.weight"])
+    assert torch.equal(seen[-2][2], phase.trainable.decoder_pred.weight)
+    assert not torch.equal(seen[-1][2], seen[-2][2])
+    assert phase.trainable.training
+    both = {"eval/x": 6.0, "eval_online/x": 6.0}
+    assert {"step": 6, **both, **{f"best/{k}": v for k, v in both.items()}} in report.history
 
 
 def test_noise_depends_on_the_index_not_on_the_batch() -> None:
@@ -276,7 +296,7 @@ def test_the_discriminators_schedule_spans_its_own_steps_or_the_phase(
     job = dataclasses.replace(JOB, num_steps=100, adversarial=adversarial)
     critic = make_critic(job)
     images = torch.rand(2, 3, 8, 8)
-    critic.update(images, images, 99)
+    critic.update([Judged(images, images, torch.arange(2))], 99)
     # 49 of 50 or of 100 own steps lie behind: RAE's rate ends at about 0.4 of its start
     rate = critic.state_dict()["optimizer"]["param_groups"][0]["lr"]
     assert rate == pytest.approx(last, abs=0.02)
