@@ -89,12 +89,12 @@ def check_worker_counts(compute: Compute, global_batch: int) -> None:
     if not compute.min_workers:
         return
     for count in range(compute.min_workers, compute.num_workers + 1):
-        if global_batch % count:
+        if global_batch % (count * compute.accumulate_steps):
             raise ValueError(
                 f"compute.min_workers={compute.min_workers} lets a stage run on {count} workers, "
                 f"which cannot share a global batch of {global_batch}: expected a batch that every "
-                f"count up to num_workers={compute.num_workers} divides; use another batch, or "
-                "min_workers=0."
+                f"count up to num_workers={compute.num_workers}, times accumulate_steps="
+                f"{compute.accumulate_steps}, divides; use another batch, or min_workers=0."
             )
 
 

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,14 @@ class NodeCluster:
         self._add(num_cpus=0, include_dashboard=False)
 
     @property
+    def head(self) -> Any:
+        """The node of the driver and of Ray Train's controller."""
+        return self._cluster.head_node
+
+    @property
     def address(self) -> str:
         """Address for RAY_ADDRESS."""
-        return self._cluster.address
+        return str(self._cluster.address)
 
     def add_node(self) -> Any:
         """Start a node with room for one rank."""
@@ -74,13 +79,18 @@ def raylet_pids(node: Any) -> list[int]:
 
 
 @contextmanager
-def running(num_nodes: int) -> Iterator[NodeCluster]:
-    """A cluster with a head and so many nodes; this process's environment points at it."""
+def running(num_nodes: int, environment: Mapping[str, str]) -> Iterator[NodeCluster]:
+    """A cluster with a head and so many nodes; this process's environment points at it.
+
+    Args:
+        num_nodes: Nodes beside the head.
+        environment: Variables of all its processes, and of this one meanwhile.
+    """
     # Short: a Unix socket path has at most 107 bytes, and Ray appends about 80.
     folder = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp"))
     (folder / "ray").mkdir()
     before = dict(os.environ)
-    os.environ.update(ray_head.ENVIRONMENT, RAY_TMPDIR=str(folder))
+    os.environ.update({**ray_head.ENVIRONMENT, **environment, "RAY_TMPDIR": str(folder)})
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))
     # The workers import the stage from here.
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]

@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from loop_fakes import SAMPLES
-from rank_fakes import BATCH, Outcome, Task, start
+from rank_fakes import Outcome, Task, start
 from torch import Tensor
-from torch.multiprocessing import ProcessExitedException
 
 from drorae.config import Compute
 
