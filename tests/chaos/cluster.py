@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import ray_head
-from tests.chaos.processes import descendants, end_all, parent_of
+from tests.chaos.processes import all_pids, descendants, end_all, parent_of, with_command
 
 REPOSITORY = Path(__file__).parents[2]
 STORE_BYTES = 80 << 20
+TOKEN = secrets.token_hex(16)
+"""For all clusters of this process: Ray reads it once."""
 
 
 class NodeCluster:
@@ -28,7 +31,8 @@ class NodeCluster:
         from ray.cluster_utils import Cluster  # half a second
 
         self._cluster = Cluster(shutdown_at_exit=False)
-        self._add(num_cpus=0, include_dashboard=False)
+        # Its server for health checks takes a port even without a dashboard.
+        self._add(num_cpus=0, include_dashboard=False, dashboard_port=_free_port())
 
     @property
     def head(self) -> Any:
@@ -73,6 +77,12 @@ class NodeCluster:
         end_all(left)
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def raylet_pids(node: Any) -> list[int]:
     """Processes of a node that start others."""
     return [info.process.pid for infos in node.all_processes.values() for info in infos]
@@ -91,7 +101,7 @@ def running(num_nodes: int, environment: Mapping[str, str]) -> Iterator[NodeClus
     (folder / "ray").mkdir()
     before = dict(os.environ)
     os.environ.update({**ray_head.ENVIRONMENT, **environment, "RAY_TMPDIR": str(folder)})
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
     # The workers import the stage from here.
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
@@ -105,6 +115,7 @@ def running(num_nodes: int, environment: Mapping[str, str]) -> Iterator[NodeClus
     finally:
         if cluster is not None:
             cluster.close()
+        end_all(with_command(str(folder), all_pids()), grace_s=0.0)
         os.environ.clear()
         os.environ.update(before)
         shutil.rmtree(folder, ignore_errors=True)

@@ -31,6 +31,7 @@ Scenario = Callable[[Bench, Row, random.Random], None]
 FOUND_TIMEOUT_S = 120.0
 S3_OUTAGE_S = 30.0
 MLFLOW_OUTAGE_S = 60.0
+DISK_FULL_S = 15.0
 NODE_BACK_AFTER_S = 8.0
 NUM_CUT_UPLOADS = 50
 
@@ -42,6 +43,7 @@ def _disturbed(
     fault: Callable[[Run, NodeCluster], str],
     *,
     attempts: int = 1,
+    then: Callable[[NodeCluster], None] = lambda cluster: None,
 ) -> None:
     """One fault at a random moment: its group of workers has to end and another to follow."""
     bench.undisturbed()
@@ -53,6 +55,7 @@ def _disturbed(
     pids = run.groups()[-1].pids
     row.done = f"{fault(run, cluster)} {moment}"
     row.found_after_s = wait_for_end(pids, FOUND_TIMEOUT_S)
+    then(cluster)
     bench.conclude(row, run, attempts=attempts)
     if len(run.groups()) < 2:
         row.problems.append("no second group of workers: the fault did not hit the run")
@@ -96,12 +99,14 @@ def node(bench: Bench, row: Row, draw: random.Random) -> None:
 
     def kill(run: Run, cluster: NodeCluster) -> str:
         cluster.kill_node(cluster.node_of(run.groups()[-1].pids[rank]))
-        time.sleep(NODE_BACK_AFTER_S)
-        cluster.add_node()
         return f"SIGKILL of the node of rank {rank}"
 
+    def replace_node(cluster: NodeCluster) -> None:
+        time.sleep(NODE_BACK_AFTER_S)
+        cluster.add_node()
+
     try:
-        _disturbed(bench, row, draw, kill)
+        _disturbed(bench, row, draw, kill, then=replace_node)
     finally:
         bench.discard_cluster()
 
@@ -124,7 +129,7 @@ def three_kills(bench: Bench, row: Row, draw: random.Random) -> None:
 
 
 def disk_full(bench: Bench, row: Row, draw: random.Random) -> None:
-    """The disk of the workspace has no room for 15 s."""
+    """The disk of the workspace has no room for a while."""
     bench.undisturbed()
     bench.cluster()
     folder = bench.folder / row.scenario / "disk"
@@ -137,11 +142,16 @@ def disk_full(bench: Bench, row: Row, draw: random.Random) -> None:
             free = faults.fill(folder)
         else:
             free = faults.forbid_growth(run.groups()[-1].pids[0], 4096)
-        time.sleep(15)
+        time.sleep(DISK_FULL_S)
+        row.problems += _must_wait(run)
         free()
         kind = "disk full" if mounted else "rank 0 may write no file over 4 kB"
-        row.done = f"{kind} for 15 s from {moment}"
+        row.done = f"{kind} for {DISK_FULL_S:.0f} s, {moment}"
         bench.conclude(row, run)
+
+
+def _must_wait(run: Run) -> list[str]:
+    return [] if run.is_running() else ["the run ended meanwhile: the fault did not touch it"]
 
 
 def s3_down(bench: Bench, row: Row, draw: random.Random) -> None:
@@ -152,8 +162,9 @@ def s3_down(bench: Bench, row: Row, draw: random.Random) -> None:
         moment.wait(run)
         server.kill()
         time.sleep(S3_OUTAGE_S)
+        row.problems += _must_wait(run)
         server.start()
-        return f"S3 server down for {S3_OUTAGE_S:.0f} s from {moment}"
+        return f"S3 server down for {S3_OUTAGE_S:.0f} s, {moment}"
 
     _on_s3(bench, row, take_down)
 
@@ -210,7 +221,7 @@ def mlflow_away(bench: Bench, row: Row, draw: random.Random) -> None:
         time.sleep(MLFLOW_OUTAGE_S)
         before = len(server.points)
         server.come()
-        row.done = f"MLflow away for {MLFLOW_OUTAGE_S:.0f} s from {moment}"
+        row.done = f"MLflow away for {MLFLOW_OUTAGE_S:.0f} s, {moment}"
         bench.conclude(row, run)
         row.problems += _tracking_problems(server, run, moment.step)
         arrived = sum(name == "train/loss" for name, _, _ in server.points)

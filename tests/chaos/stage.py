@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ray.util.placement_group import get_current_placement_group
-
 from drorae.config import Compute
 from drorae.data.loaders import LatentBatch
 from drorae.models.dit_config import DiTConfig
@@ -114,6 +112,10 @@ class Journal:
             "world_size": world.world_size,
             "pid": os.getpid(),
         }
+        # Not at the top: Ray reads how to authenticate when it is imported, and the harness
+        # decides that later.
+        from ray.util.placement_group import get_current_placement_group
+
         placement = get_current_placement_group()
         self._who["group"] = placement.id.hex() if placement else "alone"
 
