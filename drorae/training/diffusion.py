@@ -21,17 +21,11 @@ from drorae.diffusion.predictions import to_velocity
 from drorae.diffusion.times import sample_times
 from drorae.models.dit import DiT
 from drorae.shapes import Float, Int
+from drorae.training.intervals import log_step, mean_terms, save_if_due
 from drorae.training.jobs import DiffusionStage
 from drorae.training.loop import LoopTools, TrainReport
 from drorae.training.parallel import distribute
-from drorae.training.state import (
-    apply_update,
-    begin,
-    finish,
-    log_step,
-    mean_terms,
-    save_if_due,
-)
+from drorae.training.state import apply_update, begin, finish
 from drorae.training.world import part_slices
 
 __all__ = ["DiffusionBatch", "draw_step", "loss_terms", "train_diffusion"]

@@ -56,7 +56,8 @@ def _shard(module: nn.Module, world: World) -> nn.Module:
         fully_shard(block, mesh=mesh)
     # Without resharding, a forward pass that no backward pass follows (fakes, evaluation) would
     # leave the root's gathered weights in place, and the next step would use them stale.
-    return fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    return module
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:

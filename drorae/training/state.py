@@ -1,25 +1,23 @@
-"""The state of a training loop in one dataclass, and what both loops do with it.
+"""The state of a training loop in one dataclass: its start, its update, its end.
 
 What a continuation needs is all here: weights, averages, optimiser moments, the discriminator with
 its optimiser (`extra`), finished steps, counts of the guards, best metrics and the logged history.
 What is a function of the step needs no state: which samples come next, noise, augmentation, both
 learning rates, and whether the discriminator learns and guides. Draws from torch's global
 generators (dropout of some fusions) are such a function too, because every part of every step
-starts them anew from (seed, step, rank, part).
+starts them anew from (seed, step, rank, part). Logging, evaluating and saving are in `intervals`.
 """
 
 import hashlib
-import logging
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from drorae.training.ema import averaged, ema_init, ema_update
-from drorae.training.guards import SPIKE_SCORE, FiniteGuard, spike_score
+from drorae.training.ema import ema_init, ema_update
+from drorae.training.guards import FiniteGuard
 from drorae.training.jobs import OptimConfig
 from drorae.training.loop import LoopTools, TrainReport
 from drorae.training.meter import Meter
@@ -29,24 +27,19 @@ from drorae.training.optim import (
     learning_rate,
     set_learning_rate,
 )
-from drorae.training.parallel import gradient_sync, is_sharded, unwrapped
-from drorae.training.saved import gather, put_back, whole_on_main
-from drorae.training.world import World, mean_over_ranks
+from drorae.training.parallel import gradient_sync, unwrapped
+from drorae.training.saved import put_back, whole_on_main
+from drorae.training.world import World
 
 __all__ = [
     "Stateful",
     "TrainState",
     "apply_update",
     "begin",
-    "evaluate_if_due",
     "finish",
-    "log_step",
-    "mean_terms",
-    "save_if_due",
     "seed_part",
 ]
 
-log = logging.getLogger(__name__)
 Part = TypeVar("Part")
 
 
@@ -177,159 +170,6 @@ def seed_part(seed: int, step: int, world: World, part: int) -> None:
     """Start torch's global generators for one part of this rank's share of a step."""
     digest = hashlib.sha256(f"{seed}/global/{step}/{world.rank}/{part}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-
-
-def mean_terms(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Average of each term over the parts of a batch."""
-    if len(rows) == 1:
-        return dict(rows[0])
-    return {name: torch.stack([row[name].detach() for row in rows]).mean() for name in rows[0]}
-
-
-def log_step(
-    state: TrainState,
-    tools: LoopTools,
-    terms: Mapping[str, Tensor],
-    batch_images: int,
-    job: object,
-    ids_digest: int,
-) -> None:
-    """At a log point: one host sync, the finite check, and a row for tracker and history.
-
-    Args:
-        state: The loop's.
-        tools: Where to log.
-        terms: What to log, scalars.
-        batch_images: Images of the step.
-        job: For messages.
-        ids_digest: Checksum of the global batch.
-
-    Raises:
-        RuntimeError: A loss or gradient since the last log point was not finite.
-    """
-    state.meter.count(batch_images)
-    state.data_digest = zlib.crc32(ids_digest.to_bytes(4, "little"), state.data_digest)
-    if state.step % tools.compute.log_every_steps and state.step != state.num_steps:
-        return
-    for guard in _guards(state):
-        guard.check(state.name, job)
-    overdue = tools.world.is_main and tools.checkpoints.overdue()
-    asked = torch.full((), float(overdue), device=tools.world.device)
-    stacked = torch.stack([*(term.detach().float() for term in terms.values()), asked])
-    *values, asked_by_main = mean_over_ranks(stacked, tools.world).tolist()
-    state.save_asked = state.save_asked or asked_by_main > 0
-    row = dict(zip((f"train/{name}" for name in terms), values, strict=True))
-    row |= {"train/lr": state.optimizer.param_groups[0]["lr"]} | state.meter.read()
-    row |= {"data/digest": float(state.data_digest)} | _guard_row(state, tools, job)
-    if tools.world.is_main:
-        row |= _spike_row(state, row)
-        state.history.append({"step": state.step, **row})
-        tools.log(row, state.step)
-        tools.progress(state.step * batch_images, state.num_steps * batch_images)
-
-
-def _guards(state: TrainState) -> list[FiniteGuard]:
-    return [state.guard, *([state.extra.guard] if state.extra is not None else [])]
-
-
-def _spike_row(state: TrainState, row: Mapping[str, float]) -> dict[str, float]:
-    """How unusual the loss is; warned of, never acted upon."""
-    earlier = [r["train/loss"] for r in state.history[-200:] if "train/loss" in r]
-    score = spike_score(earlier, row["train/loss"])
-    if score > SPIKE_SCORE:
-        log.warning(
-            "%s: loss %.4g at step %d lies %.1f robust standard deviations above the last ones",
-            state.name,
-            row["train/loss"],
-            state.step,
-            score,
-        )
-    return {"train/loss_spike": score}
-
-
-def _guard_row(state: TrainState, tools: LoopTools, job: object) -> dict[str, float]:
-    """Counts of steps left out; goes back to the last checkpoint after too many in a row."""
-    if tools.compute.on_non_finite == "stop":
-        return {}
-    counts = [guard.skipped() for guard in _guards(state)]
-    if max(longest for _, _, longest in counts) >= tools.compute.rollback_after_skips:
-        _roll_back(state, tools, job)
-    return {"guard/skipped_steps": float(sum(total for total, _, _ in counts))}
-
-
-def _roll_back(state: TrainState, tools: LoopTools, job: object) -> None:
-    """Put weights, moments and averages back; the step, and so the data, goes on.
-
-    Raises:
-        RuntimeError: Nothing to go back to, or training was there before.
-    """
-    at, history, digest, best = state.step, state.history, state.data_digest, state.best
-    counts = [guard.state_dict() for guard in _guards(state)]
-    was_there = state.rolled_back_at
-    found = put_back(
-        state, tools.checkpoints.latest() if tools.world.is_main else None, tools.world
-    )
-    if not found or state.step <= was_there:
-        raise RuntimeError(
-            f"{state.name}: {tools.compute.rollback_after_skips} steps in a row up to step {at} "
-            "had a loss or gradient that is not finite, and "
-            + ("going back to the last checkpoint did not help. " if found else "no checkpoint. ")
-            + "Lower optim.lr, set optim.clip_norm, or use precision=float32; then rerun the "
-            f"stage. Configuration: {job!r}"
-        )
-    log.warning("%s: at step %d back to the weights of step %d", state.name, at, state.step)
-    state.step, state.history, state.data_digest, state.best = at, history, digest, best
-    state.rolled_back_at = at
-    for guard, saved in zip(_guards(state), counts, strict=True):
-        guard.load_state_dict(saved)
-        guard.restart()
-
-
-def evaluate_if_due(state: TrainState, tools: LoopTools, every_steps: int) -> None:
-    """Run every evaluator on averaged and on online weights; one row for tracker and history."""
-    if state.step % every_steps or not (tools.world.is_main or is_sharded(state.module)):
-        return
-    was_training = state.module.training
-    state.wrapped.eval()
-    row = _evaluate(state, tools, "eval_online")
-    with averaged(state.ema, state.module):
-        row |= _evaluate(state, tools, "eval")
-    state.wrapped.train(was_training)
-    if not row:
-        return
-    state.best |= {k: max(v, state.best.get(k, v)) for k, v in row.items()}
-    row |= {f"best/{name}": value for name, value in state.best.items()}
-    if tools.world.is_main:
-        tools.log(row, state.step)
-        state.history.append({"step": state.step, **row})
-
-
-@torch.no_grad()
-def _evaluate(state: TrainState, tools: LoopTools, prefix: str) -> dict[str, float]:
-    row: dict[str, float] = {}
-    for evaluator in tools.evaluators:
-        row |= evaluator(state.step, prefix)
-    return row
-
-
-def save_if_due(state: TrainState, tools: LoopTools, job: object) -> None:
-    """Write a checkpoint when one is due; never one of a bad step.
-
-    Raises:
-        RuntimeError: A loss or gradient since the last check was not finite.
-    """
-    if state.step >= state.num_steps:
-        return
-    if not (tools.checkpoints.due(state.step) or state.save_asked):
-        return
-    for guard in _guards(state):
-        guard.check(state.name, job)
-    if any(row for _, row, _ in (guard.skipped() for guard in _guards(state))):
-        return  # the weights may be what makes the losses bad: keep the one before
-    state.save_asked = False
-    saved = gather(state, tools.world)
-    if tools.world.is_main:
-        tools.checkpoints.save(state.step, saved)
 
 
 def finish(state: TrainState) -> TrainReport:

@@ -18,10 +18,11 @@ from drorae.config import Compute
 from drorae.models.decoder import Decoder
 from drorae.shapes import Float, Int
 from drorae.training.critic import Critic
+from drorae.training.intervals import evaluate_if_due, log_step, save_if_due
 from drorae.training.jobs import TokenizerTraining
 from drorae.training.loop import LoopTools, TrainReport
 from drorae.training.parallel import distribute, set_recompute
-from drorae.training.state import begin, evaluate_if_due, finish, log_step, save_if_due
+from drorae.training.state import begin, finish
 from drorae.training.tokenizer_step import Part, TokenizerPhase, TokenizerStep, noised
 from drorae.training.world import World, part_slices
 

@@ -21,8 +21,9 @@ from drorae.models.autoencoder import add_latent_noise
 from drorae.models.fusion import FusionOutput
 from drorae.shapes import Float, Int
 from drorae.training.critic import Critic, Judged
+from drorae.training.intervals import mean_terms
 from drorae.training.jobs import TokenizerTraining
-from drorae.training.state import TrainState, apply_update, mean_terms, seed_part
+from drorae.training.state import TrainState, apply_update, seed_part
 
 __all__ = ["Part", "TokenizerPhase", "TokenizerStep", "noised"]
 
@@ -48,7 +49,7 @@ class TokenizerPhase:
 class Part(NamedTuple):
     """What is worked through at once."""
 
-    index: int
+    number: int
     """Place among this rank's parts."""
     positions: Tensor
     """Place of each image in the global batch."""
@@ -134,11 +135,12 @@ class TokenizerStep:
         rows, pulls, step = [], [], state.step
         recon: Reconstruction | None = None
         for part in parts:
-            seed_part(self.seed, step, state.world, part.index)
+            seed_part(self.seed, step, state.world, part.number)
             with torch.set_grad_enabled(len(parts) == 1):
                 recon = self._reconstruct(part, state, with_features=True)
             images = recon.images.detach().requires_grad_()
             rows.append(self._losses(images, part.images, recon.fused))
+            assert recon.features is not None
             to_weight = partial(self.phase.last_layer_gradient, recon.features)
             pulls.append(critic.pull(rows[-1]["loss"], images, to_weight, part.positions, step))
         gradients, terms = critic.balance(pulls)
@@ -147,7 +149,7 @@ class TokenizerStep:
         def loss_of(part: Part) -> Tensor:
             # A surrogate: its value is not R + ..., its gradient is.
             again = kept or self._reconstruct(part, state)
-            return (again.images * gradients[part.index]).sum() + again.fused.penalty
+            return (again.images * gradients[part.number]).sum() + again.fused.penalty
 
         grad_norm = apply_update(state, parts, loss_of)
         return mean_terms(rows) | terms | {"grad_norm": grad_norm}
@@ -178,7 +180,7 @@ class TokenizerStep:
     @torch.no_grad()
     def _clean(self, part: Part, state: TrainState) -> Tensor:
         """Reconstruction of clean latents with the updated weights, outside of autocast."""
-        seed_part(self.seed, state.step, state.world, part.index)
+        seed_part(self.seed, state.step, state.world, part.number)
         return self.phase.decode(self.phase.encode(part.hidden).latent).float()
 
     def _autocast(self, device: torch.device) -> torch.autocast:

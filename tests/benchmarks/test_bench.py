@@ -2,10 +2,13 @@
 
 import bench_diffusion
 import bench_fusion
+import bench_loop
 import pytest
 import torch
 from bench_timing import count_flops, require_agreement
 from torch import nn
+
+from drorae.training.jobs import OptimConfig
 
 CPU = torch.device("cpu")
 
@@ -38,3 +41,23 @@ def test_a_difference_is_refused():
 def test_flops_of_a_linear_layer_are_counted():
     # forward and the weight's gradient; the input needs none: 2 * 2 * rows * in * out
     assert count_flops(nn.Linear(8, 16), lambda: (torch.empty(4, 8),)) == 2 * 2 * 4 * 8 * 16
+
+
+def test_loops_and_checkpoints_are_timed():
+    rows = list(bench_loop.rows(CPU, "tiny", 1))
+    assert [row["loop"] for row in rows] == ["diffusion", "decoder"]
+    for row in rows:
+        assert row["stage_over_bare"] > 0
+        assert 0 < row["save_blocks_ms"] <= row["save_and_write_ms"]
+        assert 0 < row["blocked_share"] < row["share_if_writing_stopped_the_loop"]
+
+
+def test_the_bare_loop_averages_and_clips():
+    layer = nn.Linear(2, 1, bias=False)
+    start = layer.weight.detach().clone()
+    optim = OptimConfig(lr=0.1, betas=(0.9, 0.999), weight_decay=0.0, clip_norm=1.0)
+    step = bench_loop.bare_step(layer, lambda: 100 * layer(torch.ones(1, 2)).sum(), optim, 0.5)
+    step()
+    # AdamW's first step has the size of the rate, whatever the gradient
+    torch.testing.assert_close(layer.weight.detach(), start - 0.1, rtol=0, atol=1e-5)
+    assert layer.weight.grad.norm().item() == pytest.approx(1.0, rel=1e-4)

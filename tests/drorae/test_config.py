@@ -128,3 +128,17 @@ def test_every_compute_field_is_documented() -> None:
 def test_compute_refuses_no_workers() -> None:
     with pytest.raises(ValueError, match=r"compute\.num_workers"):
         Compute(num_workers=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"accumulate_steps": 0}, "compute.accumulate_steps=0 .* at least 1"),
+        ({"rollback_after_skips": 0}, "compute.rollback_after_skips=0 .* at least 1"),
+        ({"keep_every_steps": -1}, "compute.keep_every_steps=-1 .* 0 or more"),
+        ({"sharding": "none", "num_workers": 2}, "sharding=none .* use sharding=ddp or fsdp2"),
+    ],
+)
+def test_impossible_ways_to_run_are_refused(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Compute(**fields)

@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from drorae.checkpoint import TrainingCheckpoints
 from drorae.store import files, s3, versioned
 from drorae.store.context import StageContext, StageResult
 from drorae.store.lease import acquire
@@ -45,6 +47,43 @@ def test_failed_upload_publishes_nothing(s3_uri, tmp_path, monkeypatch):
         files.upload(source, f"{s3_uri}/file")
     assert not files.exists(f"{s3_uri}/file")
     assert files.list_files(s3_uri) == []
+
+
+def test_a_file_written_in_pieces_is_hashed_and_published_only_whole(s3_uri):
+    piece = bytes(range(256)) * 4096 * 20  # 20 MiB
+
+    def save(target):
+        for _ in range(3):  # two parts
+            target.write(piece)
+
+    entry = files.write_with(f"{s3_uri}/a/pieces.bin", save)
+    assert entry.size_bytes == 3 * len(piece) == files.size(f"{s3_uri}/a/pieces.bin")
+    assert files.sha256_of(f"{s3_uri}/a/pieces.bin") == entry.sha256
+
+    def break_off(target):
+        save(target)
+        raise RuntimeError("the machine broke")
+
+    with pytest.raises(RuntimeError, match="the machine broke"):
+        files.write_with(f"{s3_uri}/a/torn.bin", break_off)
+    assert files.list_files(s3_uri) == ["a/pieces.bin"]
+
+
+def test_training_checkpoints_live_on_s3(s3_uri):
+    def make():
+        return TrainingCheckpoints(work_uri=s3_uri, every_steps=1, every_s=1e9, keep=2)
+
+    checkpoints = make()
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"step": step, "weights": torch.full((1000,), float(step))})
+    checkpoints.wait()
+    folder = f"{s3_uri}/checkpoints"
+    names = [f"step-{step:08d}.{end}" for step in (2, 3) for end in ("json", "pt")]
+    assert files.list_files(folder) == names
+    files.write_bytes(f"{folder}/step-00000003.pt", b"torn")
+    found = make().latest()
+    assert found["step"] == 2
+    assert torch.equal(found["weights"], torch.full((1000,), 2.0))
 
 
 def test_empty_file_and_missing_file(s3_uri, tmp_path):

@@ -1,6 +1,7 @@
 import gc
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -67,6 +68,7 @@ def test_ranks_share_the_batch_of_one_worker(world_size: int):
         np.testing.assert_array_equal(together, batch.ids)
         positions = torch.cat([r[step].positions for r in ranks])
         assert positions.tolist() == [0, 1, 2, 3]
+        assert {r[step].ids_digest for r in ranks} == {zlib.crc32(batch.ids.tobytes())}
 
 
 def test_impossible_batches_are_told_before_the_first():

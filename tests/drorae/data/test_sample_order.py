@@ -16,6 +16,29 @@ def test_an_epoch_shows_each_sample_at_most_once(num_samples: int, batch: int, e
     assert ids.max() < num_samples
 
 
+def epoch_ids(epoch: int, num_samples: int, batch: int) -> list[int]:
+    steps = steps_per_epoch(num_samples, batch)
+    parts = [batch_ids(3, epoch, s, num_samples, batch) for s in range(steps)]
+    return np.concatenate(parts).tolist()
+
+
+def test_a_batch_that_divides_the_data_leaves_nobody_out():
+    for epoch in range(5):
+        assert sorted(epoch_ids(epoch, 24, 8)) == list(range(24))
+
+
+def test_the_remainder_is_another_one_in_every_epoch_and_nobody_is_left_out_for_ever():
+    num_samples, batch, epochs = 23, 8, 200
+    left_out = np.zeros(num_samples, dtype=int)
+    for epoch in range(epochs):
+        ids = epoch_ids(epoch, num_samples, batch)
+        assert len(ids) == len(set(ids)) == 16
+        left_out[sorted(set(range(num_samples)) - set(ids))] += 1
+    # 7 of 23 sit out, so each does so about 61 times of 200, standard deviation 6.5
+    assert left_out.min() > 61 - 5 * 6.5
+    assert left_out.max() < 61 + 5 * 6.5
+
+
 def test_ranks_together_see_the_global_batch():
     ids = batch_ids(0, 1, 2, 100, 12)
     for world_size in (1, 2, 3, 4):

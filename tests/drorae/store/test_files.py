@@ -22,6 +22,25 @@ def test_written_bytes_read_back_with_size_and_digest(tmp_path):
     assert not files.exists(str(tmp_path))
 
 
+def test_a_file_written_in_pieces_is_hashed_and_replaces_an_older_one_only_whole(tmp_path):
+    uri = str(tmp_path / "a" / "b.bin")
+    files.write_bytes(uri, b"old")
+
+    def break_off(target):
+        target.write(b"new")
+        raise RuntimeError("the disk broke")
+
+    with pytest.raises(RuntimeError, match="the disk broke"):
+        files.write_with(uri, break_off)
+    assert files.read_bytes(uri) == b"old"
+    entry = files.write_with(uri, lambda target: [target.write(b"ne"), target.write(b"w")])
+    assert entry == files.FileEntry(
+        name="b.bin", size_bytes=3, sha256=hashlib.sha256(b"new").hexdigest()
+    )
+    assert files.read_bytes(uri) == b"new"
+    assert os.listdir(tmp_path / "a") == ["b.bin"]
+
+
 def test_upload_hashes_while_copying(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "CHUNK_BYTES", 3)
     (tmp_path / "source").write_bytes(b"0123456789")

@@ -18,7 +18,7 @@ class MemoryCheckpoints:
     saved: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def latest(self) -> dict[str, Any] | None:
-        return self.saved[max(self.saved)] if self.saved else None
+        return copy_tree(self.saved[max(self.saved)]) if self.saved else None
 
     def due(self, step: int) -> bool:
         return step % self.every == 0

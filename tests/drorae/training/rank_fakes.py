@@ -1,6 +1,6 @@
 """Training loops in processes of their own: one per rank, joined by gloo.
 
-`start` spawns ranks that run a task of this module and collects what they return. A task is killed
+`start` starts ranks that run a task of this module and collects what they return. A task is killed
 by SIGKILL when it is about to ask for the batch of step `kill_at`.
 """
 
@@ -8,12 +8,15 @@ import hashlib
 import os
 import pickle
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -28,6 +31,7 @@ from drorae.models.decoder import Decoder, DecoderConfig
 from drorae.models.discriminator import DiscriminatorConfig, build_discriminator
 from drorae.models.dit import DiT, DiTConfig
 from drorae.models.fusion import FusionConfig, build_fusion
+from drorae.training import parallel
 from drorae.training.critic import Critic
 from drorae.training.diffusion import train_diffusion
 from drorae.training.jobs import AdversarialConfig, DiffusionStage, OptimConfig, TokenizerTraining
@@ -41,6 +45,8 @@ from drorae.training.tokenizer import (
 )
 from drorae.training.world import World
 
+multiprocessing.set_forkserver_preload([__name__])
+
 BATCH = 8
 JUDGE = DiscriminatorConfig(
     source="random", input_px=8, patch_px=4, width=8, depth=2, heads=2, taps=(1, 2), kernel=3
@@ -52,7 +58,7 @@ TOKENIZER = TokenizerTraining(
     optim=OPTIM,
     lpips_weight=0.0,
     ema_decay=0.5,
-    eval_every_steps=100,
+    eval_every_steps=2,
     adversarial=AdversarialConfig(
         weight=0.5, discriminator=JUDGE, learn_from_step=0, start_step=1, optim=OPTIM
     ),
@@ -140,14 +146,19 @@ def start(*tasks: Task, world_size: int = 1) -> list[Outcome]:
     Raises:
         ProcessExitedException: A process was killed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_rank, (world_size, tasks, folder), nprocs=world_size)
+    # Processes are forked from one that has imported this module and done nothing else; it is
+    # started once and looks for the module on its own path.
+    path = mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    with tempfile.TemporaryDirectory() as folder, path:
+        arguments = (world_size, tasks, folder)
+        multiprocessing.start_processes(_rank, arguments, world_size, start_method="forkserver")
         return pickle.loads((Path(folder) / "outcomes.pickle").read_bytes())
 
 
 def _rank(rank: int, world_size: int, tasks: tuple[Task, ...], folder: str) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+    parallel.COMPILE_BACKEND = "aot_eager"
     if world_size > 1:
         store = dist.FileStore(f"{folder}/store", world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
@@ -218,8 +229,15 @@ def _train(
     critic = Critic(
         build_discriminator(JUDGE), job.adversarial, num_steps=job.num_steps, world=world, seed=0
     )
+    tools = replace(tools, evaluators=[partial(_look, phase)])
     report = train_tokenizer(job, phase, batches, None, tools, seed=0, critic=critic)
     return report, phase.trainable, critic
+
+
+def _look(phase: TokenizerPhase, step: int, prefix: str) -> dict[str, float]:
+    hidden = torch.randn(2, LAYERS, TOKENS, DIM, generator=torch.Generator().manual_seed(8))
+    recon = phase.decode(phase.encode(hidden).latent)
+    return {f"{prefix}/mean": recon.square().mean().item()}
 
 
 def _phase(task: Task, world: World) -> TokenizerPhase:

@@ -1,0 +1,227 @@
+"""Overhead of the training loops: against a bare loop of the same network, and of checkpoints.
+
+The bare loop does what anybody would write: forward, loss, backward, clip, AdamW, EMA. Its steps
+are run between those of the stage's loop, on the same module, so that neither a busy machine nor
+where the weights lie in memory favours one of them.
+On a GPU the device is waited for after every step of either, which hides nothing.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from bench_timing import synchronise
+from torch import Tensor, nn
+
+from drorae.checkpoint import TrainingCheckpoints
+from drorae.config import Compute
+from drorae.diffusion.interpolation import add_noise
+from drorae.models.decoder import Decoder
+from drorae.models.decoder_config import DecoderConfig, decoder_preset
+from drorae.models.dit import DiT
+from drorae.models.dit_config import dit_preset
+from drorae.models.fusion import FusionConfig, build_fusion
+from drorae.recipes.smoke import smoke
+from drorae.training.diffusion import train_diffusion
+from drorae.training.jobs import DiffusionStage, TokenizerTraining
+from drorae.training.loop import LoopTools
+from drorae.training.tokenizer import decoder_phase, train_tokenizer
+from drorae.training.world import World
+
+WARM_UP = 3  # steps that are not counted: allocation, lazy initialisation
+Step = Callable[[], None]
+
+
+@dataclass
+class Timed:
+    """Batches of a stage's loop that run and time a bare step after each of its steps."""
+
+    make: Callable[[int], Any]
+    bare: Step
+    num_steps: int
+    device: torch.device
+    stage_s: list[float] = field(default_factory=list)
+    bare_s: list[float] = field(default_factory=list)
+
+    def __call__(self, first: int) -> Iterator[Any]:
+        for step in range(first, self.num_steps):
+            batch = self.make(step)
+            synchronise(self.device)
+            start = time.perf_counter()
+            yield batch
+            synchronise(self.device)
+            middle = time.perf_counter()
+            self.bare()
+            synchronise(self.device)
+            self.stage_s.append(middle - start)
+            self.bare_s.append(time.perf_counter() - middle)
+
+    def ratio(self) -> float:
+        """Lower quartile of the stage's step times over that of the bare ones.
+
+        Other work on the machine only ever adds time, so the lower end says most.
+        """
+        stage, bare = (
+            statistics.quantiles(times[WARM_UP:], n=4)[0] for times in (self.stage_s, self.bare_s)
+        )
+        return stage / bare
+
+
+class Measured(TrainingCheckpoints):
+    """Checkpoints that record how long the loop stands still and how long a write takes."""
+
+    def measure(self, step: int, state: dict[str, Any]) -> tuple[float, float]:
+        start = time.perf_counter()
+        self.save(step, state)
+        blocked_s = time.perf_counter() - start
+        self.wait()
+        return blocked_s, time.perf_counter() - start
+
+
+def rows(device: torch.device, sizes: str, repeats: int) -> Iterator[dict]:
+    """One row for each loop."""
+    yield _row("diffusion", _diffusion, device, sizes, repeats)
+    yield _row("decoder", _decoder, device, sizes, repeats)
+
+
+def _row(name: str, prepare: Callable, device: torch.device, sizes: str, repeats: int) -> dict:
+    num_steps = WARM_UP + 4 * repeats
+    compute = Compute(save_every_steps=500)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Measured(work_uri=folder, every_steps=num_steps + 1, every_s=1e9, keep=2)
+        last: dict[str, Any] = {}
+        tools = LoopTools(
+            world=World(device=device),
+            compute=compute,
+            checkpoints=_Keeping(checkpoints, num_steps - 1, last),
+            log=lambda row, step: None,
+            progress=lambda done, total: None,
+        )
+        timed = prepare(device, sizes, num_steps, tools)
+        checkpoints.measure(1, last)  # fills the buffers, as the first save of a stage does
+        blocked_s, whole_s = checkpoints.measure(2, last)
+    step_s = statistics.median(timed.stage_s[WARM_UP:])
+    interval_s = min(compute.save_every_steps * step_s, compute.save_every_s)
+    return {
+        "loop": name,
+        "stage_ms": 1e3 * step_s,
+        "bare_ms": 1e3 * statistics.median(timed.bare_s[WARM_UP:]),
+        "stage_over_bare": timed.ratio(),
+        "save_blocks_ms": 1e3 * blocked_s,
+        "save_and_write_ms": 1e3 * whole_s,
+        "blocked_share": blocked_s / interval_s,
+        "share_if_writing_stopped_the_loop": whole_s / interval_s,
+    }
+
+
+@dataclass
+class _Keeping:
+    """Hands on one state of the loop, saves nothing."""
+
+    checkpoints: TrainingCheckpoints
+    at: int
+    last: dict[str, Any]
+
+    def latest(self) -> None:
+        return None
+
+    def due(self, step: int) -> bool:
+        return step == self.at
+
+    def overdue(self) -> bool:
+        return False
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        self.last |= state
+
+
+def bare_step(module: nn.Module, loss_of: Callable[[], Tensor], optim: Any, decay: float) -> Step:
+    """Forward, loss, backward, clip, AdamW, EMA; nothing else."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    average = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
+    )
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss_of().backward()
+        if optim.clip_norm > 0:
+            nn.utils.clip_grad_norm_(parameters, optim.clip_norm)
+        optimizer.step()
+        with torch.no_grad():
+            for kept, parameter in zip(average, parameters, strict=True):
+                kept.lerp_(parameter, 1 - decay)
+
+    return step
+
+
+def _diffusion(device: torch.device, sizes: str, num_steps: int, tools: LoopTools) -> Timed:
+    job: DiffusionStage = replace(smoke().diffusion, num_steps=num_steps)
+    if sizes == "full":
+        job = replace(job, model=dit_preset("DiT-DH-XL"), batch_images=16)
+    elif sizes == "tiny":
+        job = replace(job, batch_images=2)
+    shape = (job.batch_images, job.model.in_channels, job.model.input_size, job.model.input_size)
+    latents, labels = torch.randn(shape), torch.zeros(job.batch_images, dtype=torch.long)
+    network = DiT(job.model).to(device).eval()
+
+    def loss_of() -> Tensor:
+        t, noise = torch.rand(len(latents), device=device), torch.randn(shape, device=device)
+        clean = latents.to(device)
+        velocity = network(add_noise(clean, noise, t), t, labels.to(device))
+        return (velocity - (noise - clean)).square().mean()
+
+    def make(step: int) -> Any:
+        places = torch.arange(job.batch_images)
+        return SimpleNamespace(
+            step=step, positions=places, ids_digest=step, latents=latents, labels=labels
+        )
+
+    bare = bare_step(network, loss_of, job.optim, job.ema_decay)
+    timed = Timed(make, bare, num_steps, device)
+    train_diffusion(job, network, timed, tools, stage="diffusion", seed=0)
+    return timed
+
+
+def _decoder(device: torch.device, sizes: str, num_steps: int, tools: LoopTools) -> Timed:
+    job: TokenizerTraining = replace(
+        smoke().decoder.train,
+        num_steps=num_steps,
+        lpips_weight=0.0,
+        eval_every_steps=num_steps + 1,
+        noise_tau=0.8,
+    )
+    shape: DecoderConfig = smoke().decoder.model
+    if sizes == "full":
+        shape, job = decoder_preset("ViT-XL"), replace(job, batch_images=16)
+    elif sizes == "tiny":
+        job = replace(job, batch_images=2)
+    tokens, side = shape.grid**2, shape.grid * shape.patch_px
+    images = torch.rand(job.batch_images, 3, side, side)
+    hidden = torch.randn(job.batch_images, 1, tokens, shape.latent_channels)
+    network = Decoder(shape).to(device)
+    fusion = build_fusion(FusionConfig(kind="rae"), 1, shape.latent_channels).to(device)
+
+    def loss_of() -> Tensor:
+        with torch.no_grad():
+            latent = fusion(hidden.to(device)).latent
+        sigma = job.noise_tau * torch.rand(len(latent), 1, 1, device=device)
+        recon = network(latent + sigma * torch.randn_like(latent))
+        return (recon - images.to(device)).abs().mean()
+
+    def make(step: int) -> Any:
+        places = torch.arange(job.batch_images)
+        return SimpleNamespace(
+            step=step, positions=places, ids_digest=step, images=images, hidden=hidden
+        )
+
+    timed = Timed(make, bare_step(network, loss_of, job.optim, job.ema_decay), num_steps, device)
+    phase = decoder_phase("decoder", fusion, network, tools.world, tools.compute)
+    train_tokenizer(job, phase, timed, None, tools, seed=0)
+    return timed
