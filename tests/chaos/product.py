@@ -5,6 +5,7 @@ Jobs are started by the launcher of `drorae run` and repeated as its flow does, 
 
 import io
 import json
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from drorae.config import Compute, to_json
 from drorae.store.context import StageContext, StageResult
 from drorae.store.stage_run import run_once
 from drorae.store.workspace import Workspace
+from drorae.training.world import World
 from pipelines.attempt import JobSpec
 from pipelines.launch import LocalLauncher, StageFailed
 from tests.chaos.journal import Group, read_groups
@@ -33,6 +35,7 @@ from tests.chaos.stage import (
     SIDE,
     ChaosJob,
     Watching,
+    train,
 )
 
 KEY = "chaos0000000"
@@ -185,6 +188,28 @@ def write_latents(workspace: Workspace) -> None:
         )
 
     run_once(workspace, "latents", KEY, build)
+
+
+def alone(folder: Path, num_steps: int) -> Outcome:
+    """The same training on one rank in this process: no Ray, no pause, nothing happens to it."""
+    workspace = Workspace(str(folder))
+    write_latents(workspace)
+    watching = Watching(journal_path=os.devnull, step_s=0.0)
+    job = ChaosJob(watching=watching, compute=replace(COMPUTE, num_workers=1))
+    latents = workspace.find("latents", KEY)
+    assert latents is not None
+    ctx = StageContext(
+        stage="diffusion",
+        key=KEY,
+        output_uri=workspace.stage_uri("diffusion", KEY),
+        inputs={"latents": latents},
+        compute=job.compute,
+    )
+    torch.set_num_threads(1)
+    diffusion = replace(job.diffusion, num_steps=num_steps)
+    sections = {"seed": job.seed, "job": diffusion, "watching": watching}
+    run_once(workspace, "diffusion", KEY, lambda: train(ctx, World(), **sections))
+    return read_outcome(workspace)
 
 
 def read_outcome(workspace: Workspace) -> Outcome:

@@ -5,6 +5,7 @@ but a program of its own needs no cluster.
 """
 
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -20,7 +21,7 @@ from tests.chaos.cluster import NodeCluster
 from tests.chaos.faults import Moment, wait_for_end
 from tests.chaos.journal import wait_until
 from tests.chaos.mlflow_stub import MlflowStub
-from tests.chaos.product import COMPUTE, Run
+from tests.chaos.product import COMPUTE, Run, alone
 from tests.chaos.proxy import Proxy
 from tests.chaos.stage import NUM_STEPS
 from tests.chaos.table import Row
@@ -33,7 +34,8 @@ S3_OUTAGE_S = 30.0
 MLFLOW_OUTAGE_S = 60.0
 DISK_FULL_S = 15.0
 NODE_BACK_AFTER_S = 8.0
-NUM_CUT_UPLOADS = 50
+NUM_BROKEN_UPLOADS = 50
+NUM_ELASTIC_STEPS = 320  # with one rank, more than Ray waits until it looks for another
 
 
 def _disturbed(
@@ -247,22 +249,62 @@ def upload_killed(bench: Bench, row: Row, draw: random.Random) -> None:
     """A process that is killed at 50 random bytes of a checkpoint: the older one counts."""
     folder = bench.folder / row.scenario
     folder.mkdir()
-    seed = draw.randrange(1 << 30)
-    program = [sys.executable, "-m", "tests.chaos.uploads", str(folder), str(seed)]
+    _break_uploads(row, str(folder), draw, {}, "kill")
+
+
+def upload_cut(bench: Bench, row: Row, draw: random.Random) -> None:
+    """The same on S3: the upload breaks at 50 random bytes of a checkpoint."""
+    with running_s3_server() as server:
+        root = f"s3://{server.new_bucket()}/cut"
+        _break_uploads(row, root, draw, server.environment, "end of an S3 upload")
+
+
+def _break_uploads(
+    row: Row, root: str, draw: random.Random, environment: dict[str, str], what: str
+) -> None:
+    seed = str(draw.randrange(1 << 30))
+    program = [sys.executable, "-m", "tests.chaos.uploads", root, seed, str(NUM_BROKEN_UPLOADS)]
     done = subprocess.run(
-        [*program, str(NUM_CUT_UPLOADS)], capture_output=True, text=True, check=False
+        program, capture_output=True, text=True, check=False, env={**os.environ, **environment}
     )
     if done.returncode != 0:
         row.problems.append(done.stderr[-500:])
         return
     told = json.loads(done.stdout)
-    row.done = f"kill at {NUM_CUT_UPLOADS} random bytes of a checkpoint of {told['bytes']} bytes"
+    row.done = f"{what} at {NUM_BROKEN_UPLOADS} random bytes of a checkpoint of {told['bytes']}"
     row.equal = not told["problems"]
     row.problems += told["problems"]
 
 
+def elastic(bench: Bench, row: Row, draw: random.Random) -> None:
+    """A node is lost and comes back late: the run goes on with one rank, then with two again."""
+    compute = replace(COMPUTE, min_workers=1)
+    run = bench.run(row.scenario, compute=compute, num_steps=NUM_ELASTIC_STEPS)
+    try:
+        cluster = bench.cluster()
+        run.start()
+        moment = Moment(draw)
+        moment.wait(run)
+        pids = run.groups()[-1].pids
+        cluster.kill_node(cluster.node_of(pids[draw.randrange(2)]))
+        row.found_after_s = wait_for_end(pids, FOUND_TIMEOUT_S)
+        smaller = Moment(draw, moment.step + 10, moment.step + 20)
+        smaller.wait(run, earlier_groups=1)
+        cluster.add_node()
+        row.done = f"SIGKILL of a node {moment}, another one {smaller}"
+        expected = alone(bench.folder / "alone", NUM_ELASTIC_STEPS)
+        bench.conclude(row, run, expected=expected, is_exact=False)
+        sizes = [group.world_size for group in run.groups()]
+        row.done += f"; ranks {sizes}"
+        if sizes != [2, 1, 2]:
+            row.problems.append(f"groups of {sizes} ranks: expected 2, 1, 2")
+    finally:
+        bench.discard_cluster()
+
+
 SCENARIOS: dict[str, Scenario] = {
     "upload-killed": upload_killed,
+    "upload-cut": upload_cut,
     "worker": worker,
     "controller": controller,
     "driver": driver,
@@ -272,6 +314,7 @@ SCENARIOS: dict[str, Scenario] = {
     "disk-full": disk_full,
     "mlflow-away": mlflow_away,
     "node": node,
+    "elastic": elastic,
     "s3-down": s3_down,
     "s3-busy": s3_busy,
 }

@@ -112,11 +112,7 @@ class Journal:
             "world_size": world.world_size,
             "pid": os.getpid(),
         }
-        # Not at the top: Ray reads how to authenticate when it is imported, and the harness
-        # decides that later.
-        from ray.util.placement_group import get_current_placement_group
-
-        placement = get_current_placement_group()
+        placement = _placement_group()
         self._who["group"] = placement.id.hex() if placement else "alone"
 
     def note(self, event: str, **more: Any) -> None:
@@ -127,3 +123,13 @@ class Journal:
             os.write(descriptor, line.encode())
         finally:
             os.close(descriptor)
+
+
+def _placement_group() -> Any:
+    """That of the workers; none outside of Ray, which asking for it would start."""
+    # Not at the top: Ray reads how to authenticate when it is imported, and the harness decides
+    # that later.
+    import ray
+    from ray.util.placement_group import get_current_placement_group
+
+    return get_current_placement_group() if ray.is_initialized() else None

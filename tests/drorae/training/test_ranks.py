@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from rank_fakes import Outcome, Task, start
+from loop_fakes import SAMPLES
+from rank_fakes import BATCH, Outcome, Task, start
 from torch import Tensor
+from torch.multiprocessing import ProcessExitedException
 
 from drorae.config import Compute
 
