@@ -57,6 +57,16 @@ def with_command(words: str, among: Iterable[int]) -> list[int]:
     return [pid for pid in among if words in command_of(pid)]
 
 
+def with_variable(assignment: str, among: Iterable[int]) -> list[int]:
+    """Processes that were started with this variable in their environment."""
+    found = []
+    for pid in among:
+        with suppress(OSError):
+            if assignment.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                found.append(pid)
+    return found
+
+
 def end_all(pids: Iterable[int], grace_s: float = 5.0) -> None:
     """Wait a little for processes to end by themselves, then kill the others."""
     left = list(pids)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tests.chaos import faults
+from tests.chaos import faults, prefect_worker
 from tests.chaos.bench import Bench
 from tests.chaos.cluster import NodeCluster
 from tests.chaos.faults import Moment, wait_for_end
@@ -302,9 +302,35 @@ def elastic(bench: Bench, row: Row, draw: random.Random) -> None:
         bench.discard_cluster()
 
 
+def prefect(bench: Bench, row: Row, draw: random.Random) -> None:
+    """SIGKILL of the Prefect worker process while a stage runs; another worker takes over."""
+    with prefect_worker.running(bench.folder / row.scenario) as services:
+        first = services.start_worker()
+        services.deploy()
+        step = draw.randint(2, 6)
+        wait_until(f"step {step} of c", lambda: services.step_of_c() >= step, 120)
+        first.kill()
+        first.wait()
+        row.done = f"SIGKILL of the Prefect worker, stage c at step {services.step_of_c()} of 10"
+        services.start_worker()
+        # The run that lost its worker is not started again by Prefect itself; a person, or the next
+        # schedule, does. Its stage may still be under way: then it is waited for.
+        services.deploy("--watch")
+        built = sorted(event["stage"] for event in services.events("done"))
+        row.equal = built == ["a", "b", "c", "d", "report"]
+        starts = [event["step"] for event in services.events("resume", "c")]
+        row.groups, row.attempts = len(starts), 2
+        row.done += f"; c began at steps {starts}"
+        if not row.equal:
+            row.problems.append(f"built {built}: expected every stage once")
+        if any(later < step for later in starts[1:]):
+            row.problems.append(f"c began at steps {starts}: expected to go on from {step}")
+
+
 SCENARIOS: dict[str, Scenario] = {
     "upload-killed": upload_killed,
     "upload-cut": upload_cut,
+    "prefect": prefect,
     "worker": worker,
     "controller": controller,
     "driver": driver,
