@@ -6,6 +6,10 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt 2>/dev/nu
 WORKSPACE ?= runs
 # Floor of the share of lines of drorae/ and pipelines/ that the tests run, percent.
 COVERAGE ?= 85
+# Scenarios of `make chaos`, such as "worker node"; empty: all.
+CHAOS_ONLY ?=
+# What draws their moments and victims.
+CHAOS_SEED ?= 0
 
 export DO_NOT_TRACK := 1
 export RAY_USAGE_STATS_ENABLED := 0
@@ -13,7 +17,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup assets demo lint format types test test-slow up down status docs check clean
+.PHONY: help setup assets demo lint format types test test-slow chaos up down status docs check clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'\t' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -53,6 +57,9 @@ test: assets ## All tests with coverage
 
 test-slow: $(STAMP) ## Only the tests that start real servers
 	$(BIN)/python -m pytest -m slow
+
+chaos: $(STAMP) ## Kill and stop processes of a running stage; a table of what came of it
+	$(BIN)/python -m tests.chaos --seed $(CHAOS_SEED) $(foreach name,$(CHAOS_ONLY),--only $(name))
 
 up: $(STAMP) ## Start Prefect, MLflow and Ray on this machine, and register the deployments
 	$(BIN)/python infra/local/services.py up

@@ -39,6 +39,10 @@ class Compute:
 
     num_workers: int = 1
     """Ray Train workers of a training stage. The order of samples does not depend on it."""
+    min_workers: int = 0
+    """Fewest workers with which a training stage goes on while machines are missing; it takes more
+    again, up to `num_workers`, when they are back. Each change continues from the last checkpoint,
+    and every count must divide the global batch. 0: always `num_workers`; it waits for machines."""
     threads_per_worker: int = 2
     """CPU threads that torch may use in one worker."""
     use_gpu: bool = False
@@ -75,10 +79,15 @@ class Compute:
     """Steps left out in a row after which training goes back to its last checkpoint and goes on
     with the next data; a second time without a new checkpoint stops the stage."""
     max_failures: int = 3
-    """Restarts of the Ray Train worker group from the last checkpoint before the stage fails."""
+    """Restarts of the Ray Train worker group from the last checkpoint before the stage fails, and
+    restarts after a lost Ray Train controller. Machines taken away with notice do not count."""
     collective_timeout_s: float = 600.0
     """Longest wait of a rank for the others before it is declared hung. Ray's own default is no
     limit."""
+    hang_timeout_s: float = 300.0
+    """Longest time between two batches, from the second on, before a rank is taken for hung and the
+    group is restarted: longer than a step with its evaluation and checkpoint. A process that
+    answers nothing at all is found within a minute, or this time if it is shorter."""
     cache_path: str = ""
     """Folder for hidden-state caches and downloads; empty: beside a local workspace, else the
     user's cache."""
@@ -93,6 +102,10 @@ class Compute:
             _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
         for name in ("max_failures", "keep_every_steps"):
             _require(getattr(self, name) >= 0, f"compute.{name}", getattr(self, name), "0 or more")
+        for name in ("collective_timeout_s", "hang_timeout_s"):
+            _require(getattr(self, name) > 0, f"compute.{name}", getattr(self, name), "above 0")
+        few, many = self.min_workers, self.num_workers
+        _require(0 <= few <= many, "compute.min_workers", few, f"0 to num_workers={many}")
         if self.sharding == "none" and self.num_workers > 1:
             raise ValueError(
                 f"compute.sharding=none with compute.num_workers={self.num_workers}: expected one "

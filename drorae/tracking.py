@@ -36,7 +36,7 @@ MAX_PARAMS_PER_BATCH = 100  # MLflow 3.17, utils/validation.py
 MAX_WAITING_ITEMS = 20_000  # hours of log points at one a second, about 10 MB
 MAX_WAITING_IMAGE_BYTES = 256 * 2**20
 RETRY_S = (0.5, 15.0)
-OPEN_TRIES = 4
+OPEN_PATIENCE_S = 75.0  # a server that is restarted takes 16 to 32 s (measured 2026-11-21)
 
 # Errors that repeating cannot cure: the item is dropped with a warning, the rest goes on.
 _PERMANENT = {
@@ -141,7 +141,7 @@ class MlflowTracker:
         *,
         make_client: Callable[[str], Any] | None = None,
         flush_every_s: float = 1.0,
-        close_timeout_s: float = 60.0,
+        close_timeout_s: float = 120.0,
     ):
         self.uri = uri
         self.run_id = run_id
@@ -424,26 +424,23 @@ def _sqlite_lock(uri: str) -> Iterator[None]:
 
 def _asked_again(uri: str, call: Callable[[], T]) -> T:
     """Result of a call that is repeated while the server is away or the database is locked."""
-    pause_s = RETRY_S[0]
-    for _ in range(OPEN_TRIES - 1):
+    pause_s, deadline_s = RETRY_S[0], time.monotonic() + OPEN_PATIENCE_S
+    while True:
         try:
             return call()
         except Exception as error:
             if _is_permanent(error):
                 raise
-            log.warning("MLflow %s did not answer, asking again: %s", uri, error)
+            if time.monotonic() + pause_s > deadline_s:
+                raise RuntimeError(
+                    f"MLflow at {uri} did not answer for {OPEN_PATIENCE_S:.0f} s ({error}): "
+                    f"expected a running server or a writable SQLite file; start it or correct "
+                    f"the tracking address."
+                ) from error
+            if pause_s == RETRY_S[0]:
+                log.warning("MLflow %s did not answer, asking again: %s", uri, error)
         time.sleep(pause_s)
-        pause_s *= 2
-    try:
-        return call()
-    except Exception as error:
-        if _is_permanent(error):
-            raise
-        raise RuntimeError(
-            f"MLflow at {uri} did not answer {OPEN_TRIES} times ({error}): expected a running "
-            f"server or a "
-            f"writable SQLite file; start it or correct the tracking address."
-        ) from error
+        pause_s = min(2 * pause_s, RETRY_S[1])
 
 
 def _is_permanent(error: Exception) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from drorae.store import files
 from drorae.store.context import PROGRESS_NAME
+from drorae.store.patience import patience
 from drorae.store.workspace import WORK_NAME, Workspace
 from pipelines import attempt as attempts
 from pipelines import children
@@ -133,7 +134,8 @@ class ProgressFollower:
             return
         self._next_s = time.monotonic() + PROGRESS_EVERY_S
         try:
-            progress = files.read_json(self._uri)
+            with patience(0):  # a bar that waited for the store would not see the job's end
+                progress = files.read_json(self._uri)
         except (OSError, RuntimeError, ValueError, json.JSONDecodeError):
             return  # not written yet, removed at the commit, or the store is away for a moment
         if progress != self._last:

@@ -19,6 +19,8 @@ POLL_S = 1.0
 STATUS_EVERY_S = 5.0
 LOST_AFTER_S = 300.0
 SUBMIT_FOR_S = 120.0
+# A group that is torn down waits so long for a rank that may be stopped; 30 s by default.
+JOB_VARIABLES = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "10"}
 FORWARDED_PREFIXES = ("AWS_", "DRORAE_", "MLFLOW_", "RAY_TRAIN_")
 RUNNING = frozenset({"PENDING", "RUNNING"})
 
@@ -41,7 +43,8 @@ class RayJobLauncher:
     def __init__(self, address: str, stop: threading.Event, environment: dict[str, str]):
         self._address = address
         self._stop = stop
-        self._env = {k: v for k, v in environment.items() if k.startswith(FORWARDED_PREFIXES)}
+        forwarded = {k: v for k, v in environment.items() if k.startswith(FORWARDED_PREFIXES)}
+        self._env = {**JOB_VARIABLES, **forwarded}
         self._client_lock = threading.Lock()
         self._connected: Any = None
 

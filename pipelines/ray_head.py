@@ -31,6 +31,8 @@ ENVIRONMENT = {
     # A reported checkpoint counts only after the controller's next poll; 2 s by default loses the
     # last one in a crash.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # How long a group that is torn down waits for a rank that may be stopped; 30 s by default.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "10",
     # Two stages share the cores. OpenMP threads that spin while they wait take them from each
     # other: a decoder step with 2 threads beside another job took 1475 ms spinning and 185 ms
     # passive (2026-11-22, 2 cores).

@@ -16,12 +16,14 @@ from drorae.config import Compute
 from drorae.store import files
 from drorae.store.files import FileEntry, join
 from drorae.store.manifest import MANIFEST_NAME
+from drorae.store.patience import patience
 from drorae.store.workspace import WORK_NAME, StageOutput
 
 log = logging.getLogger(__name__)
 
 PROGRESS_NAME = "progress.json"
 PROGRESS_EVERY_S = 2.0
+PROGRESS_PAUSE_S = 15.0  # after a write that failed: an absent store costs every try up to 20 s
 
 
 @dataclass(kw_only=True, slots=True)
@@ -126,6 +128,8 @@ class StageContext:
             "updated_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         try:
-            files.write_json(join(self.work_uri, PROGRESS_NAME), record | extra)
+            with patience(0):
+                files.write_json(join(self.work_uri, PROGRESS_NAME), record | extra)
         except RuntimeError as error:
+            self._progress_written_s = time.monotonic() + PROGRESS_PAUSE_S
             log.warning("progress of stage %s was not written: %s", self.stage, error)

@@ -7,6 +7,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _CREDENTIAL_CODES = {
     "403",
@@ -19,6 +20,9 @@ _CREDENTIAL_CODES = {
 }
 _CREDENTIAL_CLASSES = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"}
 _NETWORK_CLASSES = {"HTTPClientError", "EndpointConnectionError", "ConnectionError", "TimeoutError"}
+# An answer that broke off or is no XML; s3fs repeats after the same ones.
+_BROKEN_ANSWER_CLASSES = {"ClientPayloadError", "IncompleteRead", "ResponseParserError"}
+_AWAY_CODES = {"InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling"}
 _FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 _DENIED_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -42,11 +46,26 @@ def split(uri: str) -> tuple[str, str]:
 
 def error_code(error: BaseException) -> str:
     """S3 error code such as NoSuchBucket, or an empty text."""
+    return str(_response(error).get("Error", {}).get("Code", ""))
+
+
+def is_transient(error: BaseException) -> bool:
+    """True if the S3 server was away or overloaded, so that the same request may work later."""
+    status = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    code = error_code(error)
+    if code or status:
+        return status >= 500 or code in _AWAY_CODES or (code.isdigit() and int(code) >= 500)
+    classes = {c.__name__ for c in type(error).__mro__}
+    return bool(classes & (_NETWORK_CLASSES | _BROKEN_ANSWER_CLASSES))
+
+
+def _response(error: BaseException) -> dict[str, Any]:
+    """What the server answered, as botocore keeps it; s3fs hides it in the cause."""
     for candidate in (error, error.__cause__):
         response = getattr(candidate, "response", None)
         if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Code", ""))
-    return ""
+            return response
+    return {}
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 A write is atomic: a reader sees the old file, the new file or none. Locally that is a temporary
 file in the same folder, fsync and rename (`atomic.py`); on S3 an object appears when its upload
-completes (`s3.py`). Size and sha256 are computed while writing.
+completes (`s3.py`). Size and sha256 are computed while writing. An S3 server that is away is waited
+for (`patience.py`).
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO
 
 from drorae.store import atomic, s3
 from drorae.store.errors import clear_errors, is_s3
+from drorae.store.patience import patiently
 
 CHUNK_BYTES = 8 * 2**20
 
@@ -42,7 +44,17 @@ def join(uri: str, *names: str) -> str:
 def exists(uri: str) -> bool:
     """True if a file (not a folder) is there."""
     with clear_errors(uri):
-        return s3.filesystem().isfile(uri) if is_s3(uri) else os.path.isfile(uri)
+        if is_s3(uri):
+            return patiently(lambda: _is_object(uri))
+        return os.path.isfile(uri)
+
+
+def _is_object(uri: str) -> bool:
+    # Not `isfile`, which answers False when the server does not answer at all (s3fs 2026.9).
+    try:
+        return s3.filesystem().info(uri)["type"] == "file"
+    except FileNotFoundError:
+        return False
 
 
 def size(uri: str) -> int:
@@ -52,7 +64,9 @@ def size(uri: str) -> int:
         FileNotFoundError: If there is none.
     """
     with clear_errors(uri):
-        return int(s3.filesystem().info(uri)["size"]) if is_s3(uri) else os.path.getsize(uri)
+        if is_s3(uri):
+            return patiently(lambda: int(s3.filesystem().info(uri)["size"]))
+        return os.path.getsize(uri)
 
 
 def read_bytes(uri: str) -> bytes:
@@ -62,7 +76,9 @@ def read_bytes(uri: str) -> bytes:
         FileNotFoundError: If there is none.
     """
     with clear_errors(uri):
-        return s3.filesystem().cat_file(uri) if is_s3(uri) else Path(uri).read_bytes()
+        if is_s3(uri):
+            return patiently(lambda: s3.filesystem().cat_file(uri))
+        return Path(uri).read_bytes()
 
 
 def read_json(uri: str) -> Any:
@@ -88,7 +104,7 @@ def write_bytes(uri: str, data: bytes) -> FileEntry:
     """
     if is_s3(uri):
         with clear_errors(uri):
-            s3.filesystem().pipe_file(uri, data)
+            patiently(lambda: s3.filesystem().pipe_file(uri, data))
     else:
         atomic.replace(uri, [data])
     return FileEntry(
@@ -103,10 +119,11 @@ def write_with(uri: str, save: Callable[[BinaryIO], None]) -> FileEntry:
 
     Args:
         uri: Where.
-        save: Writes the content from start to end, without seeking.
+        save: Writes the content from start to end, without seeking; called again after an outage.
     """
     if is_s3(uri):
-        hashed = _save_s3(uri, save)
+        with clear_errors(uri):
+            hashed = patiently(lambda: _save_s3(uri, save))
     else:
         hashed = atomic.save(uri, lambda target: _hashed_save(target, save))
     return FileEntry(
@@ -121,12 +138,17 @@ class _HashedWriter(io.RawIOBase):
         self.target = target
         self.hash = hashlib.sha256()
         self.size_bytes = 0
+        self.error: Exception | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        self.target.write(data)
+        try:
+            self.target.write(data)
+        except Exception as error:
+            self.error = error
+            raise
         self.hash.update(data)
         self.size_bytes += memoryview(data).nbytes
         return memoryview(data).nbytes
@@ -134,22 +156,32 @@ class _HashedWriter(io.RawIOBase):
 
 def _hashed_save(target: BinaryIO, save: Callable[[BinaryIO], None]) -> _HashedWriter:
     writer = _HashedWriter(target)
-    save(writer)  # pyright: ignore[reportArgumentType] - a raw file, all that `save` may use
+    try:
+        save(writer)  # pyright: ignore[reportArgumentType] - a raw file, all that `save` may use
+    except Exception as error:
+        if writer.error is None:
+            raise
+        # torch.save tells only that it could not write, not why (torch 2.15).
+        raise writer.error from error
     return writer
 
 
 def _save_s3(uri: str, save: Callable[[BinaryIO], None]) -> _HashedWriter:
-    with clear_errors(uri):
-        target = s3.filesystem().open(uri, "wb", block_size=s3.PART_BYTES)
-        try:
-            hashed = _hashed_save(target, save)
-            target.close()
-        except BaseException:
-            # close() would complete the upload and publish half a file.
-            target.closed = True
-            target.discard()
-            raise
-        return hashed
+    target = s3.filesystem().open(uri, "wb", block_size=s3.PART_BYTES)
+    try:
+        hashed = _hashed_save(target, save)
+        target.close()
+    except BaseException:
+        _abandon(target)
+        raise
+    return hashed
+
+
+def _abandon(target: Any) -> None:
+    """Give up an upload; close() would complete it and publish half a file."""
+    target.closed = True
+    with suppress(Exception):  # a server that is away keeps the parts that it has
+        target.discard()
 
 
 def encode_json(value: Any) -> bytes:
@@ -170,7 +202,8 @@ def upload(local_path: str | Path, uri: str) -> FileEntry:
     """
     source = _Hashed(local_path)
     if is_s3(uri):
-        _upload_s3(source, uri)
+        with clear_errors(uri):
+            patiently(lambda: _upload_s3(source, uri))
     else:
         atomic.replace(uri, source)
     return FileEntry(
@@ -183,14 +216,14 @@ class _Hashed:
 
     def __init__(self, path: str | Path):
         self.path = path
-        self.hash = hashlib.sha256()
-        self.size_bytes = 0
         if not os.path.isfile(path):
             raise FileNotFoundError(
                 f"{path} does not exist: expected a file to copy; write it first."
             )
 
     def __iter__(self) -> Iterator[bytes]:
+        self.hash = hashlib.sha256()
+        self.size_bytes = 0
         with open(self.path, "rb") as source:
             while chunk := source.read(CHUNK_BYTES):
                 self.hash.update(chunk)
@@ -199,17 +232,14 @@ class _Hashed:
 
 
 def _upload_s3(source: _Hashed, uri: str) -> None:
-    with clear_errors(uri):
-        target = s3.filesystem().open(uri, "wb", block_size=s3.PART_BYTES)
-        try:
-            for chunk in source:
-                target.write(chunk)
-            target.close()
-        except BaseException:
-            # close() would complete the upload and publish half a file.
-            target.closed = True
-            target.discard()
-            raise
+    target = s3.filesystem().open(uri, "wb", block_size=s3.PART_BYTES)
+    try:
+        for chunk in source:
+            target.write(chunk)
+        target.close()
+    except BaseException:
+        _abandon(target)
+        raise
 
 
 def create_exclusive(uri: str, data: bytes) -> bool:
@@ -219,8 +249,10 @@ def create_exclusive(uri: str, data: bytes) -> bool:
 
 def list_sizes(uri: str) -> dict[str, int]:
     """Relative name and size in bytes of every file under a folder; empty if there is none."""
-    found = _list_s3(uri) if is_s3(uri) else _list_local(uri)
-    return dict(sorted(found))
+    if not is_s3(uri):
+        return dict(sorted(_list_local(uri)))
+    with clear_errors(uri):
+        return dict(sorted(patiently(lambda: _list_s3(uri))))
 
 
 def list_files(uri: str) -> list[str]:
@@ -228,12 +260,13 @@ def list_files(uri: str) -> list[str]:
     return [n for n in list_sizes(uri) if atomic.TEMPORARY_MARK not in n]
 
 
-def _list_s3(uri: str) -> Iterator[tuple[str, int]]:
-    with clear_errors(uri):
-        prefix = join(uri).removeprefix("s3://") + "/"
-        for path, info in s3.filesystem().find(uri, detail=True).items():
-            if path.startswith(prefix) and not path.endswith("/"):
-                yield path.removeprefix(prefix), int(info["size"])
+def _list_s3(uri: str) -> list[tuple[str, int]]:
+    prefix = join(uri).removeprefix("s3://") + "/"
+    return [
+        (path.removeprefix(prefix), int(info["size"]))
+        for path, info in s3.filesystem().find(uri, detail=True).items()
+        if path.startswith(prefix) and not path.endswith("/")
+    ]
 
 
 def _list_local(uri: str) -> Iterator[tuple[str, int]]:
@@ -249,7 +282,7 @@ def list_folders(uri: str) -> list[str]:
     with clear_errors(uri):
         try:
             if is_s3(uri):
-                rows = s3.filesystem().ls(uri, detail=True)
+                rows = patiently(lambda: s3.filesystem().ls(uri, detail=True))
                 paths = [r["name"].rstrip("/") for r in rows if r["type"] == "directory"]
                 return sorted(p.rsplit("/", 1)[-1] for p in paths)
             return sorted(e.name for e in os.scandir(uri) if e.is_dir())
@@ -261,7 +294,7 @@ def delete(uri: str) -> None:
     """Delete one file; no error if it is gone already."""
     with clear_errors(uri), suppress(FileNotFoundError):
         if is_s3(uri):
-            s3.filesystem().rm_file(uri)
+            patiently(lambda: s3.filesystem().rm_file(uri))
         else:
             os.unlink(uri)
 
@@ -270,7 +303,7 @@ def delete_tree(uri: str) -> None:
     """Delete a folder and all in it; no error if it is gone already."""
     with clear_errors(uri), suppress(FileNotFoundError):
         if is_s3(uri):
-            s3.filesystem().rm(uri, recursive=True)
+            patiently(lambda: s3.filesystem().rm(uri, recursive=True))
         else:
             shutil.rmtree(uri)
 
@@ -290,11 +323,13 @@ def sha256_of(uri: str) -> str:
 def _chunks(uri: str) -> Iterator[bytes]:
     with clear_errors(uri):
         if is_s3(uri):
-            source = s3.filesystem().open(uri, "rb", cache_type="none")
+            client = s3.filesystem()
+            source = patiently(lambda: client.open(uri, "rb", cache_type="none"))
         else:
             source = open(uri, "rb")  # noqa: SIM115 - closed by the next line
         with source:
-            while chunk := source.read(CHUNK_BYTES):
+            # A read that fails leaves the position where it was.
+            while chunk := patiently(lambda: source.read(CHUNK_BYTES)):
                 yield chunk
 
 

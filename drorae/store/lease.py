@@ -3,7 +3,9 @@
 The holder rewrites the file every third of its time to live. A waiter takes over when it saw no
 change for that long on its own clock (clocks of hosts are never compared), or at once when the
 holder ran on this machine and its process is gone. Every change is a compare-and-swap, so of many
-waiters one wins, and a holder that was overtaken notices and must not commit.
+waiters one wins, and a holder that was overtaken notices and must not commit. A store that is away
+is away for the waiters too: the holder keeps its lease until the store says otherwise, or until
+other requests would have given up as well.
 """
 
 import logging
@@ -13,7 +15,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from drorae.store import files, versioned
+from drorae.store import files, patience, versioned
 from drorae.store.lease_owner import (
     DEFAULT_TTL_S,
     LeaseOwner,
@@ -97,7 +99,8 @@ class Lease:
         while not self._stop.wait(self.owner.ttl_s / RENEWALS_PER_TTL) and not self._lost_because:
             with self._lock:
                 try:
-                    self._renew()
+                    with patience.patience(0):  # the next beat is soon, and `renew` wants the lock
+                        self._renew()
                 except RuntimeError as error:
                     self._give_up_when_late(error)
 
@@ -117,7 +120,7 @@ class Lease:
     def _give_up_when_late(self, error: RuntimeError) -> None:
         late_s = time.monotonic() - self._renewed_s
         log.warning("lease %s was not renewed for %.0f s: %s", self.uri, late_s, error)
-        if late_s > self.owner.ttl_s:
+        if late_s > self.owner.ttl_s + patience.PATIENCE_S:
             self._lost_because = f"it could not be renewed for {late_s:.0f} s ({error})"
 
 

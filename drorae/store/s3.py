@@ -12,9 +12,11 @@ from typing import Any
 import fsspec.asyn
 
 from drorae.store.errors import clear_errors, error_code, explain, missing_bucket, split
+from drorae.store.patience import patience, patiently
 
 # 2 tries of s3fs, 2 tries of botocore in each, 4 s to connect: an endpoint that drops packets fails
-# in under 20 s, and a server that answers 500 or 503 now and then is asked four times.
+# in under 20 s, and a server that answers 500 or 503 now and then is asked four times. Longer
+# outages are a matter of `patience.py`, which knows which requests may wait.
 CONNECT_TIMEOUT_S = 4
 READ_TIMEOUT_S = 60
 NUM_BOTOCORE_TRIES = 2
@@ -80,7 +82,7 @@ def get_with_etag(uri: str) -> tuple[bytes, str]:
             return await body.read(), reply["ETag"]
 
     with clear_errors(uri):
-        data, etag = fsspec.asyn.sync(client.loop, fetch)  # pyright: ignore[reportGeneralTypeIssues]
+        data, etag = patiently(lambda: fsspec.asyn.sync(client.loop, fetch))  # pyright: ignore[reportGeneralTypeIssues]
         return data, etag
 
 
@@ -88,11 +90,11 @@ def put_if(uri: str, data: bytes, etag: str | None) -> bool:
     """Write an object only if its ETag is still `etag` (None: only if it does not exist).
 
     Returns:
-        False if another writer was faster.
+        False if another writer was faster, or an earlier try of this write whose answer was lost.
     """
     condition = {"mode": "create"} if etag is None else {"IfMatch": etag}
     try:
-        filesystem().pipe_file(uri, data, **condition)
+        patiently(lambda: filesystem().pipe_file(uri, data, **condition))
     except Exception as error:
         lost_race = {"PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey", "412", "409"}
         if isinstance(error, FileExistsError) or error_code(error) in lost_race:
@@ -108,17 +110,20 @@ def delete_if(uri: str, etag: str) -> None:
     """
     bucket, key = split(uri)
     try:
-        filesystem().call_s3("delete_object", Bucket=bucket, Key=key, IfMatch=etag)
+        patiently(
+            lambda: filesystem().call_s3("delete_object", Bucket=bucket, Key=key, IfMatch=etag)
+        )
     except Exception as error:
         if error_code(error) not in {"PreconditionFailed", "NoSuchKey", "412", "404"}:
             raise explain(error, uri) from error
 
 
 def check_bucket(uri: str) -> None:
-    """Raise a clear error unless the bucket exists and the keys may see it."""
+    """Raise a clear error, at once, unless the bucket exists and the keys may see it."""
     bucket, _ = split(uri)
     try:
-        filesystem().call_s3("head_bucket", Bucket=bucket)
+        with patience(0):
+            filesystem().call_s3("head_bucket", Bucket=bucket)
     except Exception as error:
         if isinstance(error, FileNotFoundError) or error_code(error) in {"404", "NoSuchBucket"}:
             raise missing_bucket(uri) from error

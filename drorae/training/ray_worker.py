@@ -2,33 +2,55 @@
 
 A training stage is a function `train(ctx, world, **sections) -> StageResult` that knows no Ray.
 Here it is run in every worker of a Ray Train group. Restarts after a lost worker go through Ray's
-failure policy; the function then finds its own last checkpoint. Ray's checkpoint store is not used:
+failure policy, and one after a lost controller, which that policy does not cover, through
+`train_on_ray`; the function then finds its own last checkpoint. Ray's checkpoint store is not used:
 a reported checkpoint is registered only at the controller's next poll, and one written in the
 second before a crash is lost (measured 2026-11-21, Ray 2.60).
 """
 
+import logging
 import os
 import shutil
 import tempfile
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
+import ray
 import ray.train
 import torch
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.util.placement_group import get_current_placement_group
 
-from drorae.config import from_json, to_json
+from drorae.config import Compute, from_json, to_json
 from drorae.data.ray_session import connect_ray
 from drorae.store import files
 from drorae.store.context import StageContext, StageResult
+from drorae.training.failures import (
+    describe,
+    first_failure,
+    record_error,
+    record_hang,
+    start_group,
+)
+from drorae.training.watchdog import Watchdog
 from drorae.training.world import World
 
-__all__ = ["train_on_ray"]
+__all__ = ["check_worker_counts", "train_on_ray"]
 
 TrainFunction = Callable[..., StageResult]
+
+SILENT_S = 60.0
+"""A worker process that answers no health check for so long is ended. Ray's default is 600 s."""
+START_TIMEOUT_S = 60.0
+ELASTIC_START_TIMEOUT_S = 10.0
+"""How long a group waits for its machines before Ray decides again with how many to start. With
+60 s an elastic group waited for a machine that was gone (measured 2026-11-21, Ray 2.60)."""
+RESIZE_EVERY_S = 30.0
+"""How often a smaller group looks for machines that are back."""
+
+log = logging.getLogger(__name__)
 
 
 def train_on_ray(ctx: StageContext, train: TrainFunction, sections: dict[str, Any]) -> StageResult:
@@ -42,41 +64,105 @@ def train_on_ray(ctx: StageContext, train: TrainFunction, sections: dict[str, An
 
     Raises:
         ValueError: What a worker raised for a user's mistake, as it was raised.
-        RuntimeError: Any other failure after all restarts, naming the first exception of the group.
+        RuntimeError: Any other failure after all restarts, naming the first exception of the group,
+            or the rank that vanished without one.
     """
+    files.delete(_result_uri(ctx))
+    for name, value in _timeouts(ctx.compute).items():
+        os.environ.setdefault(name, value)
+    for restart in range(ctx.compute.max_failures + 1):
+        connect_ray(ctx.compute)
+        try:
+            _fit(ctx, train, sections, restart)
+            break
+        except RayActorError as error:
+            _after_lost_controller(ctx, restart, error)
+    return from_json(StageResult, files.read_json(_result_uri(ctx)))
+
+
+def check_worker_counts(compute: Compute, global_batch: int) -> None:
+    """Refuse an elastic group that could not share a global batch at one of its sizes.
+
+    Raises:
+        ValueError: Names the count that does not divide the batch.
+    """
+    if not compute.min_workers:
+        return
+    for count in range(compute.min_workers, compute.num_workers + 1):
+        if global_batch % (count * compute.accumulate_steps):
+            raise ValueError(
+                f"compute.min_workers={compute.min_workers} lets a stage run on {count} workers, "
+                f"which cannot share a global batch of {global_batch}: expected a batch that every "
+                f"count up to num_workers={compute.num_workers}, times accumulate_steps="
+                f"{compute.accumulate_steps}, divides; use another batch, or min_workers=0."
+            )
+
+
+def _timeouts(compute: Compute) -> dict[str, str]:
+    """Variables that Ray Train hands on to its controller and workers."""
+    start_s = ELASTIC_START_TIMEOUT_S if compute.min_workers else START_TIMEOUT_S
+    return {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(min(SILENT_S, compute.hang_timeout_s)),
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(compute.collective_timeout_s),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(start_s),
+    }
+
+
+def _fit(ctx: StageContext, train: TrainFunction, sections: dict[str, Any], restart: int) -> None:
+    """One Ray Train run, from start to end or to the failure that ends it."""
     compute = ctx.compute
-    connect_ray(compute)
-    result_uri = files.join(ctx.work_uri, "train_result.json")
-    files.delete(result_uri)
-    files.delete(_error_uri(ctx))
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     storage_path = tempfile.mkdtemp(prefix="drorae-train-")
-    resources = {"CPU": 1.0} | ({"GPU": 1.0} if compute.use_gpu else {})
+    elastic = (compute.min_workers, compute.num_workers)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"ctx": ctx, "train": train, "sections": sections},
         torch_config=TorchConfig(
             backend="nccl" if compute.use_gpu else "gloo",
-            timeout_s=int(timedelta(seconds=compute.collective_timeout_s).total_seconds()),
+            timeout_s=max(1, int(compute.collective_timeout_s)),
         ),
         scaling_config=ScalingConfig(
-            num_workers=compute.num_workers,
+            num_workers=elastic if compute.min_workers else compute.num_workers,
+            elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
             use_gpu=compute.use_gpu,
-            resources_per_worker=resources,
+            resources_per_worker={"CPU": 1.0} | ({"GPU": 1.0} if compute.use_gpu else {}),
         ),
         run_config=RunConfig(
-            name=f"{ctx.stage}-{ctx.key}-a{ctx.attempt}",
+            name=f"{ctx.stage}-{ctx.key}-a{ctx.attempt}-{restart}",
             storage_path=storage_path,
-            failure_config=FailureConfig(max_failures=compute.max_failures),
+            # Preemptions and missing machines are no failures of the stage: it waits for others.
+            failure_config=FailureConfig(
+                max_failures=compute.max_failures,
+                max_preemption_failures=-1,
+                controller_failure_limit=-1,
+            ),
         ),
     )
     try:
         trainer.fit()
+    except RayActorError:
+        raise
     except Exception as error:
-        raise _first_error(ctx, error) from error
+        _raise_first(ctx, error)
     finally:
         shutil.rmtree(storage_path, ignore_errors=True)
-    return from_json(StageResult, files.read_json(result_uri))
+
+
+def _after_lost_controller(ctx: StageContext, restart: int, error: RayActorError) -> None:
+    """Let go of what the lost controller started, so that the next one finds the resources free.
+
+    Raises:
+        RuntimeError: It was the last restart.
+    """
+    if restart == ctx.compute.max_failures:
+        raise RuntimeError(
+            f"{ctx.stage}: the Ray Train controller was lost {restart + 1} times ({error}): "
+            "expected it to outlive the training; see the memory of the driver's machine and "
+            "Ray's logs, then run again: the stage continues from its last checkpoint."
+        ) from error
+    log.warning("%s: the Ray Train controller was lost, starting again: %s", ctx.stage, error)
+    # Its workers and their placement group end with this driver's connection, not before.
+    ray.shutdown()
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -89,35 +175,46 @@ def _worker(config: dict[str, Any]) -> None:
         world_size=context.get_world_size(),
         device=get_device(),
     )
+    folder_uri = start_group(_ranks_uri(ctx), _group_name(), world.rank, world.world_size)
+    watchdog = Watchdog(
+        folder_uri,
+        world.rank,
+        world.world_size,
+        ctx.compute.hang_timeout_s,
+        on_hang=lambda rank, message: record_hang(folder_uri, rank, message),
+    )
     try:
-        result = train(ctx, world, **config["sections"])
+        with watchdog:
+            result = train(ctx, world, **config["sections"])
     except Exception as error:
-        _record_error(ctx, world.rank, error)
+        record_error(folder_uri, world.rank, error)
         raise
     if world.is_main:
-        files.write_json(files.join(ctx.work_uri, "train_result.json"), to_json(result))
+        files.write_json(_result_uri(ctx), to_json(result))
 
 
-def _error_uri(ctx: StageContext) -> str:
-    return files.join(ctx.work_uri, "train_error.json")
+def _group_name() -> str:
+    """The same in all workers of a group and in no other group."""
+    placement = get_current_placement_group()
+    assert placement is not None, "Ray Train starts its workers in a placement group"
+    return placement.id.hex()[:16]
 
 
-def _record_error(ctx: StageContext, rank: int, error: Exception) -> None:
-    """Keep the first error of the group; later ones are mostly its consequences."""
-    record = {
-        "rank": rank,
-        "type": type(error).__name__,
-        "message": str(error),
-        "trace": traceback.format_exc(),
-    }
-    files.create_exclusive(_error_uri(ctx), files.encode_json(record))
+def _result_uri(ctx: StageContext) -> str:
+    return files.join(ctx.work_uri, "train_result.json")
 
 
-def _first_error(ctx: StageContext, error: Exception) -> Exception:
-    if not files.exists(_error_uri(ctx)):
-        return RuntimeError(f"{ctx.stage}: training stopped without an error of its own: {error}")
-    record = files.read_json(_error_uri(ctx))
-    kinds = {"ValueError": ValueError, "FileNotFoundError": FileNotFoundError}
-    kind = kinds.get(record["type"], RuntimeError)
-    prefix = "" if kind is not RuntimeError else f"{ctx.stage}, rank {record['rank']}: "
-    return kind(f"{prefix}{record['message']}")
+def _ranks_uri(ctx: StageContext) -> str:
+    return files.join(ctx.work_uri, "ranks")
+
+
+def _raise_first(ctx: StageContext, error: Exception) -> None:
+    """Raise what went wrong first in the last group, caused by a system error if there is one."""
+    failure, reports = first_failure(_ranks_uri(ctx))
+    failures = getattr(error, "worker_failures", {})
+    # A rank's own exception arrives as it was raised; what Ray found out comes in its own classes.
+    vanished = [rank for rank, e in failures.items() if type(e).__name__.startswith("WorkerHealth")]
+    told = describe(ctx.stage, failure, reports, vanished, error)
+    if failure is not None and failure.errno is not None:
+        raise told from OSError(failure.errno, os.strerror(failure.errno))
+    raise told from error

@@ -50,6 +50,7 @@ from drorae.training.tokenizer import (
     fusion_phase,
     train_tokenizer,
 )
+from drorae.training.watchdog import watched
 from drorae.training.world import World
 
 __all__ = [
@@ -110,9 +111,18 @@ def run_guide(ctx: StageContext, *, seed: int, guide: DiffusionStage) -> StageRe
 
 
 def _on_ray(ctx: StageContext, train: Callable[..., StageResult], sections: Any) -> StageResult:
-    from drorae.training.ray_worker import train_on_ray  # the loops themselves need no Ray
+    # The loops themselves need no Ray.
+    from drorae.training.ray_worker import check_worker_counts, train_on_ray
 
+    job = next(job for job in map(_job_of, sections.values()) if job is not None)
+    check_worker_counts(ctx.compute, job.batch_images)
     return train_on_ray(ctx, train, sections)
+
+
+def _job_of(section: Any) -> TokenizerTraining | DiffusionStage | None:
+    """The training that a section describes, if it describes one."""
+    job = getattr(section, "train", section)
+    return job if isinstance(job, TokenizerTraining | DiffusionStage) else None
 
 
 def _train_decoder(
@@ -185,7 +195,7 @@ def _train_dit(ctx: StageContext, world: World, *, seed: int, job: DiffusionStag
         return latent_batches(latents, start_step=start, **_order(job, world, seed))
 
     with _Tools(ctx, world) as tools:
-        report = train_diffusion(job, model, batches, tools, stage=ctx.stage, seed=seed)
+        report = train_diffusion(job, model, watched(batches), tools, stage=ctx.stage, seed=seed)
     settings = {"model": to_json(job.model), "times": to_json(job.times)}
     settings |= {"prediction": job.prediction, "latents": ctx.inputs["latents"].key}
     return _write(ctx, world, "dit", report, settings)
@@ -271,7 +281,7 @@ def _run_phase(
         report = train_tokenizer(
             job,
             phase,
-            _tokenizer_batches(ctx, job, world, seed, train),
+            watched(_tokenizer_batches(ctx, job, world, seed, train)),
             lpips,
             tools,
             seed=seed,

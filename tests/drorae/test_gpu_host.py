@@ -36,7 +36,7 @@ blocked = {
     module
     for module, owners in metadata.packages_distributions().items()
     if not any(o.lower().replace("_", "-").replace(".", "-") in allowed for o in owners)
-    and module not in ("drorae", "pipelines") and module not in sys.stdlib_module_names
+    and module not in ("drorae", "pipelines", "tests") and module not in sys.stdlib_module_names
 }
 
 class Filtered(PathFinder):

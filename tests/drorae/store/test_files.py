@@ -4,6 +4,7 @@ import os
 import threading
 
 import pytest
+import torch
 
 from drorae.store import atomic, files, versioned
 
@@ -178,3 +179,15 @@ def in_threads(count, call):
     for thread in threads:
         thread.join()
     return results
+
+
+def test_a_full_disk_under_torch_save_is_named(tmp_path, monkeypatch):
+    class Full:
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(atomic, "save", lambda path, save: save(Full()))
+    with pytest.raises(OSError, match="No space left"):
+        files.write_with(
+            str(tmp_path / "x"), lambda target: torch.save({"w": torch.zeros(9)}, target)
+        )

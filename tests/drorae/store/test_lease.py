@@ -133,6 +133,7 @@ def test_holder_gives_up_when_the_store_is_away_for_too_long(uri, monkeypatch, c
         raise RuntimeError("the store is away")
 
     caplog.set_level(logging.WARNING)
+    monkeypatch.setattr(lease_module.patience, "PATIENCE_S", 0.2)
     with acquire(uri, "cut off", ttl_s=0.3) as lease, monkeypatch.context() as patched:
         patched.setattr(lease_module.versioned, "write_if_version", unreachable)
         time.sleep(0.8)
@@ -149,6 +150,17 @@ def test_short_outage_is_survived(uri, monkeypatch):
             patched.setattr(lease_module.versioned, "write_if_version", unreachable)
             time.sleep(0.7)
         time.sleep(0.6)
+        lease.renew()
+
+
+def test_outage_longer_than_the_time_to_live_is_survived(uri, monkeypatch):
+    def unreachable(*arguments):
+        raise RuntimeError("the store is away")
+
+    with acquire(uri, "patient", ttl_s=0.3) as lease:
+        with monkeypatch.context() as patched:
+            patched.setattr(lease_module.versioned, "write_if_version", unreachable)
+            time.sleep(0.8)
         lease.renew()
 
 
