@@ -63,7 +63,7 @@ def smoke() -> FullJob:
         ),
         finetune=FinetuneStage(train=_tokenizer(num_steps=160, lr=1e-3)),
         latents=LatentJob(),
-        diffusion=_diffusion(depth=(4, 1), num_steps=900),
+        diffusion=_diffusion(depth=(4, 1), num_steps=1100),
         guide=_diffusion(depth=(1, 1), num_steps=90),
         evaluate=EvaluateJob(
             num_val_images=400,
