@@ -146,19 +146,21 @@ def _backward_block(
     gelu: bool,
 ) -> Tensor:
     """Fill the block's parameter gradients; return the gradient at u."""
-    to_raw = _normalise_backward(to_output, block.output, block.output_rstd)
+    unit = torch.zeros_like(block.output_rstd), torch.ones_like(block.output_rstd)
+    to_raw = _normalise_backward(to_output, block.output, block.output_rstd, unit)
     scaled = torch.addcmul(own.norm_bias, block.normed, own.norm_weight)
     active = F.gelu(scaled) if gelu else scaled
     batched_product(active.transpose(1, 2), to_raw, out=grads.down_weight)
-    grads.down_bias.copy_(to_raw.sum(1, keepdim=True))
+    torch.sum(to_raw, 1, keepdim=True, out=grads.down_bias)
     to_scaled = batched_product(to_raw, own.down_weight.transpose(1, 2))
     if gelu:
         to_scaled = torch.ops.aten.gelu_backward(to_scaled, scaled)
-    grads.norm_bias.copy_(to_scaled.sum(1, keepdim=True))
-    grads.norm_weight.copy_((to_scaled * block.normed).sum(1, keepdim=True))
-    to_hidden = _normalise_backward(to_scaled * own.norm_weight, block.normed, block.hidden_rstd)
+    torch.sum(to_scaled, 1, keepdim=True, out=grads.norm_bias)
+    torch.sum(to_scaled * block.normed, 1, keepdim=True, out=grads.norm_weight)
+    to_normed = to_scaled.mul_(own.norm_weight)
+    to_hidden = _normalise_backward(to_normed, block.normed, block.hidden_rstd, unit)
     batched_product(x.transpose(1, 2), to_hidden, out=grads.up_weight)
-    grads.up_bias.copy_(to_hidden.sum(1, keepdim=True))
+    torch.sum(to_hidden, 1, keepdim=True, out=grads.up_bias)
     return to_hidden
 
 
@@ -231,11 +233,15 @@ def _normalise(states: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return normed, rstd
 
 
-def _normalise_backward(grad: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
-    """Gradient before a LayerNorm from its result: rstd (g - mean(g) - n mean(g n))."""
-    one, zero = torch.ones_like(rstd), torch.zeros_like(rstd)
+def _normalise_backward(
+    grad: Tensor, normed: Tensor, rstd: Tensor, unit: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Gradient before a LayerNorm from its result: rstd (g - mean(g) - n mean(g n)).
+
+    `unit` is mean 0 and deviation 1, those of the result.
+    """
     only_input = [True, False, False]
     grad_input, _, _ = torch.ops.aten.native_layer_norm_backward(
-        grad, normed, normed.shape[-1:], zero, one, None, None, only_input
+        grad, normed, normed.shape[-1:], *unit, None, None, only_input
     )
     return grad_input.mul_(rstd)
