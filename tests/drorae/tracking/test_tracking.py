@@ -8,14 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from drorae.tracking import (
-    MlflowTracker,
-    NullTracker,
-    _client,
-    connect,
-    finish_run,
-    open_run,
-)
+from drorae.tracking import MlflowTracker, NullTracker, connect, finish_run, open_run
+from drorae.tracking.client import open_client
 from tests.chaos.mlflow_stub import MlflowStub
 
 # MLflow 3.17 uses a SQLAlchemy option that SQLAlchemy 2.1 deprecates.
@@ -108,8 +102,8 @@ def test_close_gives_up_on_an_absent_server(caplog):
 
 
 def test_full_queue_drops_and_says_so(caplog, monkeypatch):
-    monkeypatch.setattr("drorae.tracking.MAX_WAITING_ITEMS", 3)
-    monkeypatch.setattr("drorae.tracking.MAX_WAITING_IMAGE_BYTES", IMAGE.nbytes)
+    monkeypatch.setattr("drorae.tracking.outbox.MAX_WAITING_ITEMS", 3)
+    monkeypatch.setattr("drorae.tracking.outbox.MAX_WAITING_IMAGE_BYTES", IMAGE.nbytes)
     client = FakeClient()
     tracker = tracker_on(client, flush_every_s=5)
     tracker.image("grid", IMAGE, 0)
@@ -213,7 +207,7 @@ def test_stage_run_is_nested_and_continued_across_attempts(sqlite_uri, tmp_path,
     second.log({"fusion/train/loss": 1.0}, 1)
     second.log({"fusion/train/loss": float("nan")}, 2)
     second.close()
-    client = _client(sqlite_uri)
+    client = open_client(sqlite_uri)
     run = client.get_run(child)
     assert run.info.status == "RUNNING"
     assert run.data.tags["mlflow.parentRunId"] == parent
@@ -231,7 +225,7 @@ def test_stage_run_is_nested_and_continued_across_attempts(sqlite_uri, tmp_path,
 
 def test_deleted_experiment_is_restored(sqlite_uri):
     first = open_run(sqlite_uri, "trash", "key", "name")
-    client = _client(sqlite_uri)
+    client = open_client(sqlite_uri)
     client.delete_experiment(client.get_run(first).info.experiment_id)
     open_run(sqlite_uri, "trash", "other", "name")
 
@@ -251,7 +245,7 @@ def test_unknown_run_is_dropped_not_repeated(sqlite_uri, caplog):
 
 
 def test_absent_server_is_one_clear_error(monkeypatch):
-    monkeypatch.setattr("drorae.tracking.OPEN_PATIENCE_S", 1.0)
+    monkeypatch.setattr("drorae.tracking.retries.OPEN_PATIENCE_S", 1.0)
     with pytest.raises(RuntimeError, match="did not answer for 1 s"):
         open_run("http://127.0.0.1:9", "drorae", "key", "name")
 
@@ -277,7 +271,7 @@ def test_two_processes_may_open_a_fresh_database_at_once(tmp_path):
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
-    client = _client(uri)
+    client = open_client(uri)
     experiment = client.get_experiment_by_name("drorae")
     runs = client.search_runs([experiment.experiment_id])
     assert sorted(r.info.run_name for r in runs) == ["a", "b"]
@@ -299,7 +293,7 @@ def test_one_key_opened_from_many_threads_is_one_run(sqlite_uri):
 
 
 def test_real_client_delivers_all_points_after_an_outage(monkeypatch):
-    monkeypatch.setattr("drorae.tracking.RETRY_S", (0.1, 0.3))
+    monkeypatch.setattr("drorae.tracking.retries.RETRY_S", (0.1, 0.3))
     server = MlflowStub()
     tracker = MlflowTracker(server.uri, "run", flush_every_s=0.05)
     slowest_s = 0.0
