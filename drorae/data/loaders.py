@@ -1,4 +1,4 @@
-"""Training batches from a start step on, prepared by a thread, with the wait measured.
+"""Training batches from a start step on, prepared ahead by a thread.
 
 A batch is a function of (seed, step): a loader that starts at step 1000 gives what one from step 0
 gives there, for any number of workers. `crop_batches` cuts a new crop of each image in each epoch,
@@ -6,28 +6,20 @@ by (seed, epoch, id); hidden states are then left to the step. `latent_batches` 
 latents when the stage stored mirrored ones, likewise.
 """
 
-import queue
-import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import NamedTuple, NotRequired, Protocol, TypedDict, TypeVar, Unpack, runtime_checkable
 
 import numpy as np
 import torch
 
 from drorae.data import sample_order
 from drorae.data.hidden_states import to_unit
+from drorae.data.prefetch import prefetched
 from drorae.shapes import Float, Int, Tensor, UInt8
 
 T = TypeVar("T")
-
-PREFETCH_BATCHES = 2
-"""Batches prepared ahead of the one in use."""
-
-POLL_S = 0.1
-"""How often a blocked loader thread looks whether it should stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,187 +117,77 @@ class LatentReader(Protocol):
         ...
 
 
-class Batches(Generic[T]):
-    """Iterator over prepared batches; use as a context manager, or call `close`.
+class Order(TypedDict):
+    """Which samples, for which steps: the keywords of the three functions below."""
 
-    Args:
-        make: Builds the batch of a step.
-        start_step: First step.
-        num_steps: End of the steps (exclusive).
-        prefetch: Batches kept ready.
-    """
-
-    def __init__(
-        self,
-        make: Callable[[int], T],
-        start_step: int,
-        num_steps: int,
-        prefetch: int = PREFETCH_BATCHES,
-    ) -> None:
-        self.wait_s = 0.0
-        """Seconds that the consumer has waited for batches so far."""
-        self._make = make
-        self._steps = range(start_step, num_steps)
-        self._left = len(self._steps)
-        self._ready: queue.Queue[T | BaseException] = queue.Queue(maxsize=max(1, prefetch))
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
-        self._thread.start()
-
-    def __iter__(self) -> Iterator[T]:
-        return self
-
-    def __next__(self) -> T:
-        if self._left == 0 or self._stop.is_set():
-            self.close()
-            raise StopIteration
-        start = time.perf_counter()
-        item = self._ready.get()
-        self.wait_s += time.perf_counter() - start
-        if isinstance(item, BaseException):
-            self.close()
-            raise item
-        self._left -= 1
-        return item
-
-    def __enter__(self) -> "Batches[T]":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop the thread; prepared batches are dropped."""
-        self._stop.set()
-        self._thread.join()
-
-    def _work(self) -> None:
-        for step in self._steps:
-            try:
-                item: T | BaseException = self._make(step)
-            except BaseException as error:  # handed to the consumer, who raises it
-                item = error
-            if not self._put(item) or isinstance(item, BaseException):
-                return
-
-    def _put(self, item: T | BaseException) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._ready.put(item, timeout=POLL_S)
-            except queue.Full:
-                continue
-            return True
-        return False
+    seed: int
+    """Seed of the sample order, and of the coins that mirror latents."""
+    num_steps: int
+    """Steps of the whole training; the last one is `num_steps - 1`."""
+    global_batch: int
+    """Samples in a step, over all ranks."""
+    start_step: NotRequired[int]
+    """First step to deliver (continuing a run); from 0 unless told."""
+    rank: NotRequired[int]
+    """This worker; 0 unless told."""
+    world_size: NotRequired[int]
+    """Number of workers; 1 unless told."""
 
 
 def tokenizer_batches(
-    images: ImageReader,
-    hidden: HiddenReader | None,
-    *,
-    seed: int,
-    num_steps: int,
-    global_batch: int,
-    start_step: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
+    images: ImageReader, hidden: HiddenReader | None, **order: Unpack[Order]
 ) -> Iterator[TokenizerBatch]:
     """Images and hidden states of one rank.
 
     Args:
         images: Training images.
         hidden: Hidden states of the same images; none: the step computes them.
-        seed: Seed of the sample order.
-        num_steps: Steps of the whole training; the last one is `num_steps - 1`.
-        global_batch: Images in a step, over all ranks.
-        start_step: First step to deliver (continuing a run).
-        rank: This worker.
-        world_size: Number of workers.
+        **order: See `Order`.
 
     Raises:
         ValueError: The batch does not fit the data or does not divide over the ranks.
     """
-    pick = _Picker(seed, len(images), global_batch, rank, world_size)
 
-    def make(step: int) -> TokenizerBatch:
-        place = pick.at(step)
+    def make(place: _Place) -> TokenizerBatch:
         pixels, labels = images.read(place.ids)
         states = hidden.read(place.ids).to(torch.float32) if hidden is not None else None
-        return TokenizerBatch(step, *place[1:], to_unit(pixels), labels, states)
+        return TokenizerBatch(*place[1:], to_unit(pixels), labels, states)
 
-    return _closing(make, start_step, num_steps)
+    return _in_order(make, len(images), **order)
 
 
-def crop_batches(
-    crops: CropReader,
-    *,
-    seed: int,
-    num_steps: int,
-    global_batch: int,
-    start_step: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[TokenizerBatch]:
+def crop_batches(crops: CropReader, **order: Unpack[Order]) -> Iterator[TokenizerBatch]:
     """Random crops of one rank, new ones in each epoch, without hidden states.
 
-    Args:
-        crops: Training images.
-        seed: Seed of the sample order.
-        num_steps: Steps of the whole training; the last one is `num_steps - 1`.
-        global_batch: Images in a step, over all ranks.
-        start_step: First step to deliver (continuing a run).
-        rank: This worker.
-        world_size: Number of workers.
-
-    Raises:
-        ValueError: The batch does not fit the data or does not divide over the ranks.
+    Arguments and errors as `tokenizer_batches`.
     """
-    pick = _Picker(seed, len(crops), global_batch, rank, world_size)
 
-    def make(step: int) -> TokenizerBatch:
-        place = pick.at(step)
+    def make(place: _Place) -> TokenizerBatch:
         pixels, labels = crops.read(place.ids, place.epoch)
-        return TokenizerBatch(step, *place[1:], to_unit(pixels), labels, None)
+        return TokenizerBatch(*place[1:], to_unit(pixels), labels, None)
 
-    return _closing(make, start_step, num_steps)
+    return _in_order(make, len(crops), **order)
 
 
-def latent_batches(
-    latents: LatentReader,
-    *,
-    seed: int,
-    num_steps: int,
-    global_batch: int,
-    start_step: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[LatentBatch]:
+def latent_batches(latents: LatentReader, **order: Unpack[Order]) -> Iterator[LatentBatch]:
     """Normalised latents of one rank; mirrored by a fair coin when the stage stored both views.
 
-    Args:
-        latents: Latents of the training images.
-        seed: Seed of the sample order and of the coins.
-        num_steps: Steps of the whole training; the last one is `num_steps - 1`.
-        global_batch: Latents in a step, over all ranks.
-        start_step: First step to deliver (continuing a run).
-        rank: This worker.
-        world_size: Number of workers.
-
-    Raises:
-        ValueError: The batch does not fit the data or does not divide over the ranks.
+    Arguments and errors as `tokenizer_batches`.
     """
-    pick = _Picker(seed, len(latents), global_batch, rank, world_size)
 
-    def make(step: int) -> LatentBatch:
-        place = pick.at(step)
-        flip = flips(seed, place.epoch, place.ids) if latents.has_flip else None
+    def make(place: _Place) -> LatentBatch:
+        flip = flips(order["seed"], place.epoch, place.ids) if latents.has_flip else None
         values, labels = latents.read(place.ids, flip)
-        return LatentBatch(step, *place[1:], values, labels)
+        return LatentBatch(*place[1:], values, labels)
 
-    return _closing(make, start_step, num_steps)
+    return _in_order(make, len(latents), **order)
 
 
 class _Place(NamedTuple):
+    """The samples of one step; from `step` on, the first fields of a batch."""
+
     epoch: int
+    step: int
     positions: Tensor
     """In the global batch."""
     ids_digest: int
@@ -314,29 +196,28 @@ class _Place(NamedTuple):
     """Of this rank."""
 
 
-class _Picker:
-    """Which samples one rank uses at a step."""
+def _in_order(
+    make: Callable[[_Place], T],
+    num_samples: int,
+    *,
+    seed: int,
+    num_steps: int,
+    global_batch: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[T]:
+    # What is impossible is told here, not by the thread at the first step.
+    sample_order.steps_per_epoch(num_samples, global_batch)
+    mine = sample_order.rank_slice(np.arange(global_batch), rank, world_size)
 
-    def __init__(
-        self, seed: int, num_samples: int, global_batch: int, rank: int, world_size: int
-    ) -> None:
-        self._seed, self._num_samples, self._global_batch = seed, num_samples, global_batch
-        sample_order.steps_per_epoch(num_samples, global_batch)
-        self._mine = sample_order.rank_slice(np.arange(global_batch), rank, world_size)
-
-    def at(self, step: int) -> _Place:
-        sizes = self._num_samples, self._global_batch
-        epoch, inner = sample_order.position(step, *sizes)
-        ids = sample_order.batch_ids(self._seed, epoch, inner, *sizes)
+    def make_step(step: int) -> T:
+        epoch, inner = sample_order.position(step, num_samples, global_batch)
+        ids = sample_order.batch_ids(seed, epoch, inner, num_samples, global_batch)
         digest = zlib.crc32(ids.tobytes())
-        return _Place(epoch, torch.from_numpy(self._mine), digest, ids[self._mine])
+        return make(_Place(epoch, step, torch.from_numpy(mine), digest, ids[mine]))
 
-
-def _closing(make: Callable[[int], T], start_step: int, num_steps: int) -> Iterator[T]:
-    # A generator stops its thread when it is dropped, also after an error in the loop that consumes
-    # it.
-    with Batches(make, start_step, num_steps) as batches:
-        yield from batches
+    return prefetched(make_step, start_step, num_steps)
 
 
 def flips(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:

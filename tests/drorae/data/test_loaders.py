@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from drorae.data.loaders import Batches, flips, latent_batches, tokenizer_batches
+from drorae.data.loaders import flips, latent_batches, tokenizer_batches
+from drorae.data.prefetch import Batches
 
 
 class FakeImages:
