@@ -3,10 +3,9 @@
 from drorae.config import Compute
 from drorae.data.jobs import LatentJob, ShardJob
 from drorae.evaluation.job import EvaluateJob, ReportJob
-from drorae.models.decoder_config import DecoderConfig
 from drorae.models.dit_config import DiTConfig
-from drorae.models.encoder_config import EncoderConfig
 from drorae.models.fusion_config import FusionConfig
+from drorae.recipes.cifar10_parts import ENCODER, IMAGE_PX, decoder, dit, optim
 from drorae.recipes.full import FullJob
 from drorae.training.jobs import (
     AdversarialConfig,
@@ -14,13 +13,11 @@ from drorae.training.jobs import (
     DiffusionStage,
     FinetuneStage,
     FusionStage,
-    OptimConfig,
     TokenizerTraining,
 )
 
 __all__ = ["cifar10"]
 
-WIDTH, GRID = 384, 8  # ViT-S/14 at 112 px
 TOKENIZER_BATCH, GENERATOR_BATCH = 128, 128
 EPOCH = 50_000 // TOKENIZER_BATCH  # 390 steps
 
@@ -42,20 +39,10 @@ def cifar10() -> FullJob:
     return FullJob(
         recipe="cifar10",
         seed=0,
-        shard=ShardJob(source="asset:cifar10", resolution_px=32, rows_per_shard=5000),
-        encoder=EncoderConfig(
-            source="asset:dinov2-s-saliency", input_px=112, patch_px=14, width=WIDTH, depth=12
-        ),
+        shard=ShardJob(source="asset:cifar10", resolution_px=IMAGE_PX, rows_per_shard=5000),
+        encoder=ENCODER,
         decoder=DecoderStage(
-            model=DecoderConfig(
-                latent_channels=WIDTH,
-                width=256,
-                layers=8,
-                heads=4,
-                mlp_hidden=1024,
-                grid=GRID,
-                patch_px=4,
-            ),
+            model=decoder(width=256, layers=8, heads=4),
             train=_tokenizer(num_epochs=30, lr=5e-4),
         ),
         fusion=FusionStage(
@@ -63,8 +50,12 @@ def cifar10() -> FullJob:
         ),
         finetune=FinetuneStage(train=_tokenizer(num_epochs=15, lr=2e-4)),
         latents=LatentJob(batch_images=128, flip=True),
-        diffusion=_generator(hidden_size=(256, 512), depth=(8, 2), heads=(4, 8), num_steps=40_000),
-        guide=_generator(hidden_size=(128, 512), depth=(4, 2), heads=(2, 8), num_steps=5_000),
+        diffusion=_generator(
+            dit(hidden_size=(256, 512), depth=(8, 2), num_heads=(4, 8)), num_steps=40_000
+        ),
+        guide=_generator(
+            dit(hidden_size=(128, 512), depth=(4, 2), num_heads=(2, 8)), num_steps=5_000
+        ),
         evaluate=EvaluateJob(
             num_val_images=0,
             num_samples=10_000,
@@ -80,19 +71,12 @@ def cifar10() -> FullJob:
 
 
 def _tokenizer(num_epochs: int, lr: float) -> TokenizerTraining:
-    """The paper's ratio of phases, RAE's betas, and the discriminator in the second half."""
+    """The paper's ratio of phases, and the discriminator in the second half."""
     num_steps = num_epochs * EPOCH
     return TokenizerTraining(
         num_steps=num_steps,
         batch_images=TOKENIZER_BATCH,
-        optim=OptimConfig(
-            lr=lr,
-            betas=(0.9, 0.95),
-            weight_decay=0.0,
-            warmup_steps=EPOCH,
-            final_lr=lr / 10,
-            clip_norm=1.0,
-        ),
+        optim=optim(lr, final_lr=lr / 10, warmup_steps=EPOCH),
         adversarial=AdversarialConfig(
             weight=0.0,  # needs a file that no asset gives
             start_step=num_steps // 2,
@@ -104,31 +88,13 @@ def _tokenizer(num_epochs: int, lr: float) -> TokenizerTraining:
     )
 
 
-def _generator(
-    hidden_size: tuple[int, int], depth: tuple[int, int], heads: tuple[int, int], num_steps: int
-) -> DiffusionStage:
+def _generator(model: DiTConfig, num_steps: int) -> DiffusionStage:
     """DiT-DH whose head is wider than the latent's 384 channels, as RAE found necessary."""
     return DiffusionStage(
-        model=DiTConfig(
-            input_size=GRID,
-            in_channels=WIDTH,
-            hidden_size=hidden_size,
-            depth=depth,
-            num_heads=heads,
-            num_classes=10,
-            label_init_std=1.0,
-        ),
+        model=model,
         num_steps=num_steps,
         batch_images=GENERATOR_BATCH,
-        optim=OptimConfig(
-            lr=4e-4,
-            betas=(0.9, 0.95),
-            weight_decay=0.0,
-            schedule="cosine",
-            warmup_steps=500,
-            final_lr=4e-5,
-            clip_norm=1.0,
-        ),
+        optim=optim(4e-4, final_lr=4e-5, warmup_steps=500),
         ema_decay=0.999,
         precision="tf32",
     )

@@ -214,15 +214,11 @@ def _rae_stage(model: DiTConfig, num_epochs: int) -> DiffusionStage:
 
 def _raev2_stage(model: DiTConfig, num_epochs: int) -> DiffusionStage:
     """RAEv2: clean predictions with a base head; 2e-4 for 25 epochs, 2e-5 from epoch 50 on."""
-    return DiffusionStage(
-        model=dataclasses.replace(model, base_head_after=8),
-        num_steps=num_epochs * RAE_EPOCH,
-        batch_images=RAE_BATCH,
+    return dataclasses.replace(
+        _rae_stage(dataclasses.replace(model, base_head_after=8), num_epochs),
         prediction="clean",
         base_weight=1.0,
         optim=_rae_optim(hold_epochs=25, end_epochs=50),
-        ema_decay=0.9995,
-        precision="tf32",
     )
 
 

@@ -2,25 +2,19 @@
 
 from drorae.config import Compute
 from drorae.data.jobs import LatentJob, ShardJob
-from drorae.diffusion.time_config import TimeConfig
 from drorae.evaluation.job import EvaluateJob, ReportJob
-from drorae.models.decoder_config import DecoderConfig
-from drorae.models.dit_config import DiTConfig
-from drorae.models.encoder_config import EncoderConfig
 from drorae.models.fusion_config import FusionConfig
+from drorae.recipes.cifar10_parts import ENCODER, IMAGE_PX, decoder, dit, optim
 from drorae.recipes.full import FullJob
 from drorae.training.jobs import (
     DecoderStage,
     DiffusionStage,
     FinetuneStage,
     FusionStage,
-    OptimConfig,
     TokenizerTraining,
 )
 
 __all__ = ["smoke"]
-
-WIDTH, GRID = 384, 8  # ViT-S/14 at 112 px
 
 
 def smoke() -> FullJob:
@@ -40,24 +34,14 @@ def smoke() -> FullJob:
         seed=0,
         shard=ShardJob(
             source="asset:cifar10",
-            resolution_px=32,
+            resolution_px=IMAGE_PX,
             max_train_images=2000,
             max_val_images=400,
             rows_per_shard=500,
         ),
-        encoder=EncoderConfig(
-            source="asset:dinov2-s-saliency", input_px=112, patch_px=14, width=WIDTH, depth=12
-        ),
+        encoder=ENCODER,
         decoder=DecoderStage(
-            model=DecoderConfig(
-                latent_channels=WIDTH,
-                width=128,
-                layers=4,
-                heads=2,
-                mlp_hidden=512,
-                grid=GRID,
-                patch_px=4,
-            ),
+            model=decoder(width=128, layers=4, heads=2),
             train=_tokenizer(num_steps=300, lr=2e-3),
         ),
         fusion=FusionStage(
@@ -87,14 +71,7 @@ def _tokenizer(num_steps: int, lr: float) -> TokenizerTraining:
     return TokenizerTraining(
         num_steps=num_steps,
         batch_images=24,
-        optim=OptimConfig(
-            lr=lr,
-            betas=(0.9, 0.95),
-            weight_decay=0.0,
-            warmup_steps=20,
-            final_lr=lr / 20,
-            clip_norm=1.0,
-        ),
+        optim=optim(lr, final_lr=lr / 20, warmup_steps=20),
         lpips_net="alex",
         ema_decay=0.98,
         hidden_states="disk",
@@ -104,27 +81,9 @@ def _tokenizer(num_steps: int, lr: float) -> TokenizerTraining:
 
 def _diffusion(depth: tuple[int, int], num_steps: int) -> DiffusionStage:
     return DiffusionStage(
-        model=DiTConfig(
-            input_size=GRID,
-            in_channels=WIDTH,
-            hidden_size=(192, 384),
-            depth=depth,
-            num_heads=(3, 6),
-            num_classes=10,
-            mlp_ratio=2.0,
-            label_init_std=1.0,
-        ),
+        model=dit(hidden_size=(192, 384), depth=depth, num_heads=(3, 6), mlp_ratio=2.0),
         num_steps=num_steps,
         batch_images=16,
-        times=TimeConfig(),
-        optim=OptimConfig(
-            lr=2e-3,
-            betas=(0.9, 0.95),
-            weight_decay=0.0,
-            schedule="cosine",
-            warmup_steps=20,
-            final_lr=2e-4,
-            clip_norm=1.0,
-        ),
+        optim=optim(2e-3, final_lr=2e-4, warmup_steps=20),
         ema_decay=0.98,
     )
