@@ -6,6 +6,7 @@ height, width] of what is stored, or on request the statistics that came with an
 runs on Ray Data, one task a shard.
 """
 
+import functools
 import io
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,7 @@ def run_latents(
     ]
     results = map_shards(
         tasks,
-        EncodeShard,
-        (ctx, encoder, latents),
+        functools.partial(EncodeShard, ctx, encoder, latents),
         work_uri=ctx.work_uri,
         compute=ctx.compute,
         on_progress=lambda done, total: ctx.progress(

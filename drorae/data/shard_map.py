@@ -32,33 +32,26 @@ class ShardTask:
 
 @runtime_checkable
 class ShardWorker(Protocol):
-    """What runs in an actor: built once with `worker_args`, called once a shard."""
+    """What runs in an actor: built once, called once a shard."""
 
     def __call__(self, task: ShardTask) -> dict[str, Any]:
         """Do the work, write files, return a JSON result."""
         ...
 
 
-@runtime_checkable
-class Executor(Protocol):
-    """Runs tasks somewhere and yields (name, result) as they finish."""
+BuildWorker = Callable[[], ShardWorker]
+"""Makes the worker, in the actor; has to be picklable."""
 
-    def __call__(
-        self,
-        tasks: Sequence[ShardTask],
-        worker: Callable[..., ShardWorker],
-        worker_args: tuple[Any, ...],
-        compute: Compute,
-        num_gpus: float,
-    ) -> Iterable[tuple[str, dict[str, Any]]]:
-        """Run all tasks."""
-        ...
+Executor = Callable[
+    [Sequence[ShardTask], BuildWorker, Compute, float], Iterable[tuple[str, dict[str, Any]]]
+]
+"""Runs tasks somewhere and yields (name, result) as they finish. Called with the tasks, what makes
+the worker of an actor, the number of actors in `Compute`, and the GPUs of one actor."""
 
 
 def map_shards(
     tasks: Sequence[ShardTask],
-    worker: Callable[..., ShardWorker],
-    worker_args: tuple[Any, ...],
+    build_worker: BuildWorker,
     *,
     work_uri: str,
     compute: Compute,
@@ -70,8 +63,7 @@ def map_shards(
 
     Args:
         tasks: Work units with unique names.
-        worker: Class built once in each actor.
-        worker_args: Arguments of the class.
+        build_worker: Makes the worker, once in each actor.
         work_uri: Folder of this stage's work files; markers go below it.
         compute: Number of actors.
         on_progress: Told about finished shards, those of earlier attempts included.
@@ -95,8 +87,8 @@ def map_shards(
     report(len(results), len(tasks))
     if missing:
         run = executor or run_on_ray
-        marking = (worker, worker_args, done_uri)
-        for name, result in run(missing, _MarkingWorker, marking, compute, num_gpus):
+        build_marking = functools.partial(_MarkingWorker, build_worker, done_uri)
+        for name, result in run(missing, build_marking, compute, num_gpus):
             results[name] = result
             report(len(results), len(tasks))
     lost = [name for name in names if name not in results]
@@ -110,10 +102,8 @@ def map_shards(
 class _MarkingWorker:
     """Runs the inner worker, then writes the marker."""
 
-    def __init__(
-        self, worker: Callable[..., ShardWorker], worker_args: tuple[Any, ...], done_uri: str
-    ) -> None:
-        self._worker = worker(*worker_args)
+    def __init__(self, build_worker: BuildWorker, done_uri: str) -> None:
+        self._worker = build_worker()
         self._done_uri = done_uri
 
     def __call__(self, task: ShardTask) -> dict[str, Any]:
@@ -131,24 +121,16 @@ def _read_markers(done_uri: str, names: set[str]) -> dict[str, dict[str, Any]]:
 
 
 def run_in_process(
-    tasks: Sequence[ShardTask],
-    worker: Callable[..., ShardWorker],
-    worker_args: tuple[Any, ...],
-    compute: Compute,
-    num_gpus: float,
+    tasks: Sequence[ShardTask], build_worker: BuildWorker, compute: Compute, num_gpus: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Run tasks one by one in this process (an `Executor`): no Ray, for tests and debugging."""
-    built = worker(*worker_args)
+    worker = build_worker()
     for task in tasks:
-        yield task.name, built(task)
+        yield task.name, worker(task)
 
 
 def run_on_ray(
-    tasks: Sequence[ShardTask],
-    worker: Callable[..., ShardWorker],
-    worker_args: tuple[Any, ...],
-    compute: Compute,
-    num_gpus: float,
+    tasks: Sequence[ShardTask], build_worker: BuildWorker, compute: Compute, num_gpus: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Run tasks on a Ray Data actor pool, one block a task (an `Executor`).
 
@@ -169,7 +151,7 @@ def run_on_ray(
     actors = min(compute.data_actors, len(tasks))
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         cast(Any, _RayRow),
-        fn_constructor_args=(worker, worker_args, compute.threads_per_worker),
+        fn_constructor_args=(build_worker, compute.threads_per_worker),
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
         num_cpus=1,
         num_gpus=num_gpus or None,
@@ -195,10 +177,8 @@ class _RayRow:
     worker is built at its first row, so that what goes wrong there is told the same way.
     """
 
-    def __init__(
-        self, worker: Callable[..., ShardWorker], worker_args: tuple[Any, ...], threads: int
-    ) -> None:
-        self._build = functools.partial(worker, *worker_args)
+    def __init__(self, build_worker: BuildWorker, threads: int) -> None:
+        self._build = build_worker
         self._threads = threads
 
     @functools.cached_property

@@ -9,6 +9,7 @@ one is good; write the shards (Ray Data, one task a shard). The bytes depend on 
 ShardJob only. With a cap, files that the cap leaves out are neither read nor checked.
 """
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -64,10 +65,10 @@ def run_shard(
     rejects = _rejects(listing, decoded, chosen)
     _check_not_empty(shard, chosen, rejects)
     labels = {name: label for label, name in enumerate(listing.class_names)}
-    entries = {
-        split: _write_split(ctx, shard, split, chosen[split].rows, decoded, labels, executor)
-        for split in ("train", "val")
-    }
+    entries = {}
+    for split in ("train", "val"):
+        tasks = _part_tasks(shard, split, chosen[split].rows, decoded, labels)
+        entries[split] = _write_split(ctx, shard, split, tasks, executor)
     return _finish(ctx, shard, listing, entries, rejects)
 
 
@@ -129,8 +130,9 @@ def _decode(
     )
     results = map_shards(
         tasks,
-        DecodeChunk,
-        (_chunks_uri(ctx), job.resolution_px, job.crop, limits, job.view_px),
+        functools.partial(
+            DecodeChunk, _chunks_uri(ctx), job.resolution_px, job.crop, limits, job.view_px
+        ),
         work_uri=ctx.work_uri,
         compute=ctx.compute,
         on_progress=lambda done, total: ctx.progress(
@@ -187,15 +189,13 @@ def _check_not_empty(
         )
 
 
-def _write_split(
-    ctx: StageContext,
+def _part_tasks(
     job: ShardJob,
     split: str,
     rows: Sequence[Candidate],
     decoded: dict[str, Decoded],
     labels: dict[str, int],
-    executor: Executor | None,
-) -> list[dict[str, Any]]:
+) -> list[ShardTask]:
     tasks = []
     for part, start in enumerate(range(0, len(rows), job.rows_per_shard)):
         found = [(decoded[c.key], c) for c in rows[start : start + job.rows_per_shard]]
@@ -206,10 +206,20 @@ def _write_split(
         }
         # The digest keeps a marker of an earlier attempt from standing for other rows.
         tasks.append(ShardTask(f"{split}-{part:05d}-{_short_digest(payload)}", payload))
+    return tasks
+
+
+def _write_split(
+    ctx: StageContext,
+    job: ShardJob,
+    split: str,
+    tasks: Sequence[ShardTask],
+    executor: Executor | None,
+) -> list[dict[str, Any]]:
+    has_views = split == "train" and job.view_px is not None
     return map_shards(
         tasks,
-        WriteShard,
-        (_chunks_uri(ctx), ctx.output_uri, split == "train" and job.view_px is not None),
+        functools.partial(WriteShard, _chunks_uri(ctx), ctx.output_uri, has_views),
         work_uri=ctx.work_uri,
         compute=ctx.compute,
         on_progress=lambda done, total: ctx.progress(

@@ -63,7 +63,6 @@ def draw_samples(
     results = map_shards(
         sample_tasks(inputs.evaluate),
         functools.partial(SampleWorker, inputs),
-        (),
         work_uri=ctx.work_uri,
         compute=ctx.compute,
         on_progress=on_progress,

@@ -1,5 +1,6 @@
 """Stages of drorae.data on a real local Ray: what the in-process executor cannot show."""
 
+import functools
 import io
 import sys
 from pathlib import Path
@@ -46,8 +47,7 @@ def double(tmp_path: Path, bad: int = -1, count: int = 5) -> list[int]:
     (tmp_path / "calls").mkdir(exist_ok=True)
     results = map_shards(
         [ShardTask(f"part-{i}", {"number": i, "empty": []}) for i in range(count)],
-        Doubler,
-        (str(tmp_path / "calls"), bad),
+        functools.partial(Doubler, str(tmp_path / "calls"), bad),
         work_uri=str(tmp_path / "work"),
         compute=Compute(data_actors=2, threads_per_worker=1),
     )

@@ -1,3 +1,4 @@
+import functools
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,7 @@ TASKS = [ShardTask(f"part-{i}", {"number": i}) for i in range(4)]
 def run(tmp_path: Path, tasks=TASKS, fail_on: str = "", on_progress=None, executor=run_in_process):
     return map_shards(
         tasks,
-        Writer,
-        (str(tmp_path), fail_on),
+        functools.partial(Writer, str(tmp_path), fail_on),
         work_uri=str(tmp_path / "work"),
         compute=Compute(),
         on_progress=on_progress,

@@ -74,8 +74,8 @@ def test_an_interrupted_run_continues_with_the_same_result(tmp_path: Path):
     ctx = context(tmp_path / "b")
     done: list[str] = []
 
-    def stopping(tasks, worker, args, compute, num_gpus):
-        for name, result in run_in_process(tasks, worker, args, compute, num_gpus):
+    def stopping(*call):
+        for name, result in run_in_process(*call):
             done.append(name)
             yield name, result
             if len(done) == 3:
