@@ -24,7 +24,8 @@ def reconstruct(options: argparse.Namespace, console: Console) -> int:
     outputs = committed(make_plan(options.request), TOKENIZER_STAGES)
 
     from drorae.evaluation.grids import png_bytes  # torch takes seconds to import
-    from drorae.evaluation.inference import load_tokenizer, reconstruct_files
+    from drorae.evaluation.inference import reconstruct_files
+    from drorae.evaluation.loading import load_tokenizer
 
     picture = reconstruct_files(load_tokenizer(outputs), options.images)
     return _write(options.out, png_bytes(picture), console)
@@ -43,7 +44,8 @@ def sample(options: argparse.Namespace, console: Console) -> int:
         )
 
     from drorae.evaluation.grids import image_grid, png_bytes, to_hwc
-    from drorae.evaluation.inference import load_generator, load_tokenizer, sample_images
+    from drorae.evaluation.inference import sample_images
+    from drorae.evaluation.loading import load_generator, load_tokenizer
     from drorae.evaluation.sampling import sampler_settings
 
     evaluate = plan.full.evaluate

@@ -1,22 +1,18 @@
-"""Finished stages as usable models: load them, reconstruct files, draw samples of a class.
+"""Trained models in use: encode, decode, reconstruct files, draw samples of a class.
 
 This is what the `drorae reconstruct` and `drorae sample` commands call, and what the evaluate stage
-is built on. Everything is read from stage outputs, whose `config.json` rebuilds the networks;
-nothing here knows a recipe.
+is built on; `loading` makes the models from finished stages. Nothing here knows a recipe.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from drorae.config import from_json
-from drorae.data.assets import asset_path
 from drorae.data.decoding import BadImage, ImageLimits, decode_image, to_square
 from drorae.diffusion.guidance import GuidanceConfig, guided_velocity_fn
 from drorae.diffusion.noise import sample_noise
@@ -26,26 +22,21 @@ from drorae.diffusion.times import TimeConfig, resolve_shift, time_grid
 from drorae.evaluation.grids import image_grid, to_hwc
 from drorae.evaluation.image_metrics import to_uint8, to_unit
 from drorae.models.autoencoder import denormalise_latent
-from drorae.models.decoder import Decoder, DecoderConfig
-from drorae.models.dit import DiT, DiTConfig
-from drorae.models.encoder import Encoder, EncoderConfig, build_encoder
-from drorae.models.fusion import FusionConfig, FusionOutput, build_fusion
+from drorae.models.decoder import Decoder
+from drorae.models.dit import DiT
+from drorae.models.encoder import Encoder
+from drorae.models.fusion import FusionConfig, FusionOutput
 from drorae.models.layers import map_to_tokens
 from drorae.shapes import Float, Int, Tensor, UInt8
-from drorae.store.workspace import StageOutput
 
 __all__ = [
-    "DECODER_STAGES",
     "Generator",
     "SamplerSettings",
     "Tokenizer",
-    "load_generator",
-    "load_tokenizer",
     "reconstruct_files",
     "sample_images",
 ]
 
-DECODER_STAGES = ("decoder", "finetune", "control")
 FILE_LIMITS = ImageLimits(min_side_px=8, max_aspect_ratio=50.0, max_pixels=200_000_000)
 
 
@@ -194,78 +185,6 @@ def _solve(
     return solve(velocity, noise, grid)
 
 
-def load_tokenizer(
-    outputs: Mapping[str, StageOutput],
-    *,
-    device: torch.device | str = "cpu",
-    encoder: EncoderConfig | None = None,
-) -> Tokenizer:
-    """Build the tokenizer from finished stages.
-
-    Args:
-        outputs: Stage outputs by name: `fusion` and at least one of decoder, finetune, control.
-        device: Where the networks go.
-        encoder: Configuration of the encoder; the one that the fusion was trained with unless
-            given.
-
-    Raises:
-        ValueError: If a needed stage is missing.
-    """
-    stages = [s for s in DECODER_STAGES if s in outputs]
-    if "fusion" not in outputs or not stages:
-        raise ValueError(
-            f"a tokenizer needs fusion and a decoder, got the stages {sorted(outputs)}: run the "
-            "missing stage."
-        )
-    device = torch.device(device)
-    config = outputs["fusion"].read_json("config.json")
-    encoder_config = encoder or from_json(EncoderConfig, config["encoder"])
-    backbone = build_encoder(encoder_config, asset_path).to(device)
-    fusion_config = from_json(FusionConfig, config["model"])
-    fusion = build_fusion(
-        fusion_config,
-        backbone.num_layers,
-        backbone.width,
-        layer_norm_eps=backbone.layer_norm_eps,
-    )
-    return Tokenizer(
-        encoder=backbone,
-        fusion=_loaded(fusion, outputs["fusion"], "fusion.safetensors", device),
-        fusion_config=fusion_config,
-        decoders={stage: _load_decoder(outputs[stage], device) for stage in stages},
-        device=device,
-    )
-
-
-def load_generator(
-    outputs: Mapping[str, StageOutput], *, device: torch.device | str = "cpu"
-) -> Generator:
-    """Build the generator (EMA weights) from the stages diffusion, latents and, if present, guide.
-
-    Raises:
-        ValueError: If diffusion or latents is missing.
-    """
-    if not {"diffusion", "latents"} <= set(outputs):
-        raise ValueError(
-            f"a generator needs diffusion and latents, got the stages {sorted(outputs)}: run the "
-            "missing stage."
-        )
-    device = torch.device(device)
-    config = outputs["diffusion"].read_json("config.json")
-    stats = load_file(outputs["latents"].local("stats.safetensors"))
-    guide = _load_dit(outputs["guide"], device) if "guide" in outputs else None
-    return Generator(
-        model=_load_dit(outputs["diffusion"], device),
-        guide=guide,
-        mean=stats["mean"].to(device),
-        var=stats["var"].to(device),
-        times=from_json(TimeConfig, config["times"]) if "times" in config else TimeConfig(),
-        device=device,
-        prediction=_prediction(outputs["diffusion"]),
-        guide_prediction=_prediction(outputs["guide"]) if guide is not None else "velocity",
-    )
-
-
 def reconstruct_files(tokenizer: Tokenizer, paths: Sequence[str | Path]) -> np.ndarray:
     """Show image files beside their RAE and fused reconstructions, one row a file.
 
@@ -318,23 +237,3 @@ def _read_square(path: Path, side_px: int) -> UInt8[Tensor, "3 height width"]:
     except BadImage as error:
         raise ValueError(f"image {path} cannot be used ({error}): give another file.") from error
     return torch.from_numpy(np.array(to_square(image, side_px, "center"))).permute(2, 0, 1)
-
-
-def _prediction(output: StageOutput) -> Prediction:
-    # Outputs from before there was a choice name none.
-    return output.read_json("config.json").get("prediction", "velocity")
-
-
-def _load_decoder(output: StageOutput, device: torch.device) -> Decoder:
-    config = from_json(DecoderConfig, output.read_json("config.json")["model"])
-    return _loaded(Decoder(config), output, "decoder.safetensors", device)
-
-
-def _load_dit(output: StageOutput, device: torch.device) -> DiT:
-    config = from_json(DiTConfig, output.read_json("config.json")["model"])
-    return _loaded(DiT(config), output, "dit.safetensors", device)
-
-
-def _loaded(module: Any, output: StageOutput, name: str, device: torch.device) -> Any:
-    module.load_state_dict(load_file(output.local(name)))
-    return module.to(device).eval().requires_grad_(False)

@@ -25,9 +25,9 @@ from drorae.evaluation.report_tables import (
     paper_table,
     provenance_table,
     reconstruction_table,
-    verdicts,
 )
 from drorae.evaluation.report_template import page
+from drorae.evaluation.report_verdicts import verdicts
 
 __all__ = ["render"]
 

@@ -1,4 +1,4 @@
-"""Tables and verdict lines of the report, as HTML. Pure functions of the collected data."""
+"""Tables of the report, as HTML. Pure functions of the collected data."""
 
 from collections.abc import Sequence
 from html import escape
@@ -8,13 +8,15 @@ from drorae.evaluation.report_data import StageRow
 from drorae.evaluation.report_paper import PAPER_ROWS, WHY_NOT_COMPARABLE, PaperRow
 
 __all__ = [
+    "METRICS",
     "SAMPLERS",
     "difference_table",
     "generation_table",
+    "judge",
     "paper_table",
     "provenance_table",
     "reconstruction_table",
-    "verdicts",
+    "with_interval",
 ]
 
 METRICS = (("psnr", "PSNR, dB", 2, 1), ("ssim", "SSIM", 4, 1), ("lpips", "LPIPS", 4, -1))
@@ -68,7 +70,7 @@ def reconstruction_table(reconstruction: dict[str, Any]) -> str:
     for model in (m for m in MODELS if m in reconstruction):
         values = reconstruction[model]
         cells = [escape(MODELS[model])]
-        cells += [_with_interval(values[key], digits) for key, _, digits, _ in METRICS]
+        cells += [with_interval(values[key], digits) for key, _, digits, _ in METRICS]
         rows.append([*cells, _number(values.get("fd", {}).get("mean"), 2)])
     return table(["", *(title for _, title, _, _ in METRICS), "FD"], rows)
 
@@ -82,7 +84,7 @@ def difference_table(differences: dict[str, Any]) -> str:
         for key, _, digits, sign in METRICS:
             verdict = judge(values[key], sign)
             cells.append(
-                f'<span class="{verdict}">{_with_interval(values[key], digits, signed=True)}</span>'
+                f'<span class="{verdict}">{with_interval(values[key], digits, signed=True)}</span>'
             )
         rows.append(cells)
     return table(["", *(title for _, title, _, _ in METRICS)], rows)
@@ -171,73 +173,12 @@ def provenance_table(stages: Sequence[StageRow]) -> str:
     )
 
 
-def verdicts(metrics: dict[str, Any]) -> str:
-    """What the run shows, one line each, with a mark for better, worse or undecided."""
-    lines = []
-    differences, generation = metrics.get("differences", {}), metrics.get("generation", {})
-    for pair, claim in (
-        ("fusion-rae", "Fusion against RAE with the same decoder"),
-        ("finetune-rae", "Fusion with fine-tuned decoder against RAE"),
-        ("finetune-control", "The same against a last-layer decoder trained as long"),
-    ):
-        if pair in differences:
-            lines.append(_difference_line(claim, differences[pair]))
-    lines += _generation_lines(generation)
-    items = "".join(f'<li class="{mark}">{text}</li>' for mark, text in lines)
-    return f'<ul class="verdict">{items}</ul>' if items else ""
-
-
 def judge(interval: dict[str, float], sign: int) -> str:
     """`better`, `worse`, or empty when the interval contains zero."""
     low, high = sorted((sign * interval["lo"], sign * interval["hi"]))
     if low > 0:
         return "better"
     return "worse" if high < 0 else ""
-
-
-def _difference_line(claim: str, values: dict[str, Any]) -> tuple[str, str]:
-    outcomes = {judge(values[key], sign) for key, _, _, sign in METRICS}
-    parts = ", ".join(
-        f"{key.upper()} {_with_interval(values[key], digits, signed=True)}"
-        for key, _, digits, _ in METRICS
-    )
-    if outcomes == {"better"}:
-        return "good", f"<b>{claim}: better on all three.</b> {parts}"
-    if outcomes == {"worse"}:
-        return "bad", f"<b>{claim}: worse on all three.</b> {parts}"
-    words = "mixed" if outcomes >= {"better", "worse"} else "partly within the interval"
-    words = "no measurable difference" if outcomes == {""} else words
-    return "", f"<b>{claim}: {words}.</b> {parts}"
-
-
-def _generation_lines(generation: dict[str, Any]) -> list[tuple[str, str]]:
-    lines = []
-    plain = generation.get("unguided")
-    if plain and "untrained" in generation and "real" in generation:
-        floor, ceiling = generation["untrained"]["fd"], generation["real"]["fd"]
-        closed = 100.0 * (floor - plain["fd"]) / max(floor - ceiling, 1e-9)
-        mark = "good" if closed > 50 else "bad" if closed < 10 else ""
-        lines.append(
-            (
-                mark,
-                f"<b>Generator, unguided: closes {closed:.0f} % of the way from an untrained "
-                "network to real "
-                f"photos.</b> FD {plain['fd']:.2f} between {floor:.2f} and {ceiling:.2f}",
-            )
-        )
-    for name in SAMPLERS:
-        if plain and name != "unguided" and name in generation:
-            change = generation[name]["fd"] - plain["fd"]
-            mark = "good" if change < 0 else "bad"
-            word = "lowers" if change < 0 else "raises"
-            lines.append(
-                (
-                    mark,
-                    f"<b>{SAMPLERS[name]} {word} FD by {abs(change):.2f}</b> "
-                    f"({plain['fd']:.2f} to {generation[name]['fd']:.2f}); one seed, no interval",
-                )
-            )
-    return lines
 
 
 def _paper_cells(paper: PaperRow) -> list[str]:
@@ -286,7 +227,8 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _with_interval(interval: dict[str, float], digits: int, *, signed: bool = False) -> str:
+def with_interval(interval: dict[str, float], digits: int, *, signed: bool = False) -> str:
+    """Mean, and the interval in small print."""
     plus = "+" if signed else ""
     return (
         f"{interval['mean']:{plus}.{digits}f} "

@@ -15,8 +15,9 @@ import torch
 
 from drorae.data.shard_map import ShardTask
 from drorae.diffusion.guidance import GuidanceConfig
-from drorae.evaluation.inference import SamplerSettings, load_generator, load_tokenizer
+from drorae.evaluation.inference import SamplerSettings
 from drorae.evaluation.job import EvaluateJob
+from drorae.evaluation.loading import load_generator, load_tokenizer
 from drorae.models.encoder import EncoderConfig
 from drorae.store import files
 from drorae.store.workspace import StageOutput

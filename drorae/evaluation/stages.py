@@ -28,9 +28,10 @@ from drorae.evaluation.generation import (
     photo_features,
 )
 from drorae.evaluation.grids import image_grid, png_bytes, to_hwc
-from drorae.evaluation.inference import Tokenizer, load_generator, load_tokenizer
+from drorae.evaluation.inference import Tokenizer
 from drorae.evaluation.inspection import Inspection, inspect_tokenizer
 from drorae.evaluation.job import EvaluateJob, ReportJob
+from drorae.evaluation.loading import load_generator, load_tokenizer
 from drorae.evaluation.protocol import protocol
 from drorae.evaluation.reconstruction import (
     Reconstructions,

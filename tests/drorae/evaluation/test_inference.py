@@ -9,14 +9,9 @@ from PIL import Image
 
 from drorae.config import to_json
 from drorae.diffusion.guidance import GuidanceConfig
-from drorae.evaluation.inference import (
-    SamplerSettings,
-    load_generator,
-    load_tokenizer,
-    reconstruct_files,
-    sample_images,
-)
+from drorae.evaluation.inference import SamplerSettings, reconstruct_files, sample_images
 from drorae.evaluation.job import EvaluateJob
+from drorae.evaluation.loading import load_generator, load_tokenizer
 from drorae.evaluation.sampling import sample_tasks, sampler_settings
 from drorae.models.dit import DiT, DiTConfig
 from drorae.store.workspace import StageOutput

@@ -7,7 +7,8 @@ import pytest
 from drorae.evaluation.job import ReportJob
 from drorae.evaluation.report import render
 from drorae.evaluation.report_data import collect, is_plotted, parse_log, thin
-from drorae.evaluation.report_tables import generation_table, judge, paper_table, verdicts
+from drorae.evaluation.report_tables import generation_table, judge, paper_table
+from drorae.evaluation.report_verdicts import verdicts
 
 VOID = {"meta", "img", "br"}
 
