@@ -21,6 +21,8 @@ from drorae.cost.stages import (
     latents_cost,
     tokenizer_cost,
 )
+from drorae.data.jobs import ShardJob
+from drorae.models.encoder_config import EncoderConfig
 from drorae.models.fusion_config import FusionConfig
 from drorae.recipes.full import FullJob
 
@@ -131,45 +133,51 @@ def _stages(
 
 
 def _storage(full: FullJob, networks: Networks, train: int) -> list[Storage]:
-    shard, encoder, keep = full.shard, full.encoder, full.compute.keep_checkpoints
-    side, width, grid = shard.resolution_px, encoder.width, encoder.grid
-    views = 2 if full.latents.flip else 1
-    found = [
-        Storage(
-            what="shards, squares",
-            size_bytes=train * 3 * side * side,
-            formula=f"at most {train:,} x 3 x {side} x {side} bytes, PNG takes less",
-        ),
-        Storage(
-            what="latents",
-            size_bytes=train * views * width * grid * grid * HALF_BYTES,
-            formula=f"{train:,} x {width} x {grid} x {grid} x {HALF_BYTES} bytes x {views} "
-            + ("views" if views > 1 else "view"),
-        ),
-    ]
-    if shard.view_px is not None:
-        view = Storage(
-            what="shards, for random crops",
-            size_bytes=train * 3 * shard.view_px * shard.view_px * 4 // 3,
-            formula=f"at most {train:,} x 3 x {shard.view_px} x {shard.view_px} x 4/3 bytes "
-            "for photos of 4:3, compression takes less",
-        )
-        found.insert(1, view)
+    found = [*_shards(full.shard, train), _latents(full, train)]
     if any(getattr(full, name).train.hidden_states == "disk" for name in TOKENIZER_STAGES):
-        layers = encoder.num_layers
-        found.append(
-            Storage(
-                what="hidden states",
-                size_bytes=train * layers * grid * grid * width * HALF_BYTES,
-                formula=f"{train:,} x {layers} x {grid} x {grid} x {width} x {HALF_BYTES} bytes",
-            )
-        )
-    trained = networks.diffusion.trainable
-    found.append(
-        Storage(
-            what="checkpoints of diffusion",
-            size_bytes=keep * 4 * FLOAT_BYTES * trained,
-            formula=f"{keep} kept x 4 (weights, EMA, two moments) x 4 bytes x {trained:,}",
-        )
+        found.append(_hidden_states(full.encoder, train))
+    keep, trained = full.compute.keep_checkpoints, networks.diffusion.trainable
+    checkpoints = Storage(
+        what="checkpoints of diffusion",
+        size_bytes=keep * 4 * FLOAT_BYTES * trained,
+        formula=f"{keep} kept x 4 (weights, EMA, two moments) x 4 bytes x {trained:,}",
     )
-    return found
+    return [*found, checkpoints]
+
+
+def _shards(shard: ShardJob, train: int) -> list[Storage]:
+    side, view = shard.resolution_px, shard.view_px
+    squares = Storage(
+        what="shards, squares",
+        size_bytes=train * 3 * side * side,
+        formula=f"at most {train:,} x 3 x {side} x {side} bytes, PNG takes less",
+    )
+    if view is None:
+        return [squares]
+    views = Storage(
+        what="shards, for random crops",
+        size_bytes=train * 3 * view * view * 4 // 3,
+        formula=f"at most {train:,} x 3 x {view} x {view} x 4/3 bytes for photos of 4:3, "
+        "compression takes less",
+    )
+    return [squares, views]
+
+
+def _latents(full: FullJob, train: int) -> Storage:
+    width, grid = full.encoder.width, full.encoder.grid
+    views = 2 if full.latents.flip else 1
+    return Storage(
+        what="latents",
+        size_bytes=train * views * width * grid * grid * HALF_BYTES,
+        formula=f"{train:,} x {width} x {grid} x {grid} x {HALF_BYTES} bytes x {views} "
+        + ("views" if views > 1 else "view"),
+    )
+
+
+def _hidden_states(encoder: EncoderConfig, train: int) -> Storage:
+    layers, grid, width = encoder.num_layers, encoder.grid, encoder.width
+    return Storage(
+        what="hidden states",
+        size_bytes=train * layers * grid * grid * width * HALF_BYTES,
+        formula=f"{train:,} x {layers} x {grid} x {grid} x {width} x {HALF_BYTES} bytes",
+    )
