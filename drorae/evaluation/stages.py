@@ -128,9 +128,8 @@ def run_report(ctx: StageContext, *, recipe: str, report: ReportJob) -> StageRes
     page = render(data, report).encode()
     entry = ctx.put_bytes("report.html", page)
     with tempfile.TemporaryDirectory(prefix="drorae-report-") as folder:
-        copy = (
-            Path(folder) / "report.html"
-        )  # the tracker wants a local file; the output may lie on S3
+        # The tracker wants a local file; the output may lie on S3.
+        copy = Path(folder) / "report.html"
         copy.write_bytes(page)
         tracker = connect(ctx)
         try:
@@ -147,8 +146,7 @@ def _prepare(ctx: StageContext, seed: int, encoder: EncoderConfig, evaluate: Eva
     if wanted > len(photos):
         raise ValueError(
             f"evaluate.num_val_images={wanted} exceeds the {len(photos)} held-out photos: use at "
-            "most that many, or 0 "
-            "for all."
+            "most that many, or 0 for all."
         )
     own = evaluate.feature_extractor == "efficientnet-lite0"
     weights = asset_path("efficientnet-lite0") if own else Path(evaluate.inception_weights_path)
