@@ -127,14 +127,15 @@ class DiT(nn.Module):
         label = self.y_embedder(self._dropped(labels, drop, generator))
         trunk, base_tokens = self._run_trunk(noisy, time, label)
         if self.config.has_head:
-            tokens, condition = self._run_head(noisy, time, trunk)
+            tokens, active = self._run_head(noisy, time, trunk)
         else:
-            tokens, condition = trunk, (time + label)[:, None]
-        velocity = self._to_map(self.final_layer(tokens, condition), -1, noisy)
+            tokens, active = trunk, F.silu(time + label)[:, None]
+        velocity = self._to_map(self.final_layer(tokens, active), -1, noisy)
         if self.base_final_layer is None or base_tokens is None or not with_base:
             return velocity
         weak = F.silu(time[:, None] + base_tokens)
-        return DiTOutput(velocity, self._to_map(self.base_final_layer(weak, weak), 0, noisy))
+        base = self.base_final_layer(weak, F.silu(weak))
+        return DiTOutput(velocity, self._to_map(base, 0, noisy))
 
     def _run_trunk(
         self,
@@ -145,14 +146,14 @@ class DiT(nn.Module):
         has_head = self.config.has_head
         # The reference applies one more SiLU to the condition of DiT-DH than to that of the plain
         # model.
-        condition = (F.silu(time + label) if has_head else time + label)[:, None]
+        active = F.silu(F.silu(time + label) if has_head else time + label)[:, None]
         tokens = self.s_embedder(noisy) if has_head else self.x_embedder(noisy)
         if self.pos_embed is not None:
             tokens = tokens + self.pos_embed
         rotary = self.enc_feat_rope if has_head else self.feat_rope
         base_tokens = None
         for index, block in enumerate(self.blocks[: self.config.depths[0]], start=1):
-            tokens = self._run_block(block, tokens, condition, rotary)
+            tokens = self._run_block(block, tokens, active, rotary)
             if index == self.config.base_head_after:
                 base_tokens = tokens
         return tokens, base_tokens
@@ -165,32 +166,32 @@ class DiT(nn.Module):
     ) -> tuple[Float[Tensor, "batch fine head_dim"], Float[Tensor, "batch fine head_dim"]]:
         # Only the time is added again: the class reaches the head through the trunk's tokens.
         condition = self.s_projector(F.silu(time[:, None] + trunk))
-        condition = self._spread_over_head_tokens(condition)
+        active = self._spread_over_head_tokens(F.silu(condition))
         tokens = self.x_embedder(noisy)
         for block in self.blocks[self.config.depths[0] :]:
-            tokens = self._run_block(block, tokens, condition, self.dec_feat_rope)
-        return tokens, condition
+            tokens = self._run_block(block, tokens, active, self.dec_feat_rope)
+        return tokens, active
 
     def _run_block(
-        self, block: nn.Module, tokens: Tensor, condition: Tensor, rotary: nn.Module | None
+        self, block: nn.Module, tokens: Tensor, active: Tensor, rotary: nn.Module | None
     ) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
             out = checkpoint(
-                block, tokens, condition, rotary, use_reentrant=False, preserve_rng_state=False
+                block, tokens, active, rotary, use_reentrant=False, preserve_rng_state=False
             )
             assert isinstance(out, Tensor)
             return out
-        return block(tokens, condition, rotary)
+        return block(tokens, active, rotary)
 
     def _spread_over_head_tokens(
-        self, condition: Float[Tensor, "batch tokens dim"]
+        self, active: Float[Tensor, "batch tokens dim"]
     ) -> Float[Tensor, "batch fine dim"]:
         """Repeat each trunk token for as many head tokens, along the row-major sequence.
 
         So does the reference. The repeats follow rows, not the square under the trunk's patch.
         """
         ratio = self.config.patches[0] // self.config.patches[1]
-        return condition if ratio == 1 else condition.repeat_interleave(ratio**2, dim=1)
+        return active if ratio == 1 else active.repeat_interleave(ratio**2, dim=1)
 
     def _dropped(
         self, labels: Tensor, drop: Tensor | None, generator: torch.Generator | None

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from drorae.models.matmul import Linear
+from drorae.models.matmul import Linear, linear
 from drorae.models.rotary import RotaryPositions
 from drorae.shapes import Float, Int, Tensor
 
@@ -76,7 +76,9 @@ def unpatchify(
 
 
 class PatchEmbedding(nn.Module):
-    """One linear map of each square patch to a token, as a strided convolution.
+    """One linear map of each square patch to a token; its weight is that of a strided convolution.
+
+    Computed as one matrix product, which spares the set-up of a convolution.
 
     Args:
         in_channels: Channels of the map.
@@ -95,7 +97,12 @@ class PatchEmbedding(nn.Module):
         self, latent: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch tokens dim"]:
         """Tokens in row-major order, in the type of the input: the residual stream starts here."""
-        return self.proj(latent).flatten(2).transpose(1, 2).to(latent.dtype)
+        patch = self.proj.kernel_size[0]
+        grid = latent.shape[-1] // patch
+        # [B, C, h, p, w, q] -> [B, h, w, C, p, q]
+        cells = latent.reshape(len(latent), -1, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
+        patches = cells.reshape(len(latent), grid * grid, -1)
+        return linear(patches, self.proj.weight.flatten(1), self.proj.bias).to(latent.dtype)
 
 
 class TimeEmbedding(nn.Module):
@@ -189,6 +196,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = Linear(width, 3 * width)
+        self.use_qknorm = use_qknorm
         norm = (RmsNorm if use_rmsnorm else nn.LayerNorm) if use_qknorm else nn.Identity
         self.q_norm, self.k_norm = norm(width // num_heads), norm(width // num_heads)
         self.proj = Linear(width, width)
@@ -198,16 +206,16 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "batch tokens dim"]:
         """Mix tokens; every token sees every other."""
         batch, count, width = tokens.shape
-        # [B, N, 3*D] -> three of [B, heads, N, head_dim]
-        packed = self.qkv(tokens).view(batch, count, 3, self.num_heads, -1)
-        queries, keys, values = packed.permute(2, 0, 3, 1, 4).unbind(0)
-        queries, keys = self.q_norm(queries), self.k_norm(keys)
+        # [B, N, 3*D] -> [3, B, heads, N, head_dim]
+        packed = self.qkv(tokens).view(batch, count, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        matched, (values,) = packed.split((2, 1))  # queries and keys, turned together
+        if self.use_qknorm:
+            matched = torch.stack([self.q_norm(matched[0]), self.k_norm(matched[1])])
         if rotary is not None:
-            queries, keys = rotary(queries), rotary(keys)
+            matched = rotary(matched)
         # Norms and tables may have widened the type; the fused kernel needs one.
-        mixed = F.scaled_dot_product_attention(
-            queries.to(values.dtype), keys.to(values.dtype), values
-        )
+        queries, keys = matched.to(values.dtype)
+        mixed = F.scaled_dot_product_attention(queries, keys, values)
         return self.proj(mixed.transpose(1, 2).reshape(batch, count, width))
 
 
@@ -259,18 +267,19 @@ def _make_zero(linear: nn.Module) -> None:
 
 
 def _modulation(
-    layer: nn.Sequential, condition: Float[Tensor, "batch length dim"], num_chunks: int
+    layer: nn.Sequential, active: Float[Tensor, "batch length dim"], num_chunks: int
 ) -> tuple[Tensor, ...]:
-    is_per_sample = condition.shape[1] == 1
-    with _full_precision(condition.device) if is_per_sample else nullcontext():
-        return layer(condition).chunk(num_chunks, dim=-1)
+    """Chunks of the last layer; the SiLU before it was applied once for the whole network."""
+    is_per_sample = active.shape[1] == 1
+    with _full_precision(active.device) if is_per_sample else nullcontext():
+        return layer[-1](active).chunk(num_chunks, dim=-1)
 
 
 class Block(nn.Module):
     """Pre-norm transformer block that a condition shifts, scales and gates (adaLN-zero).
 
     The condition has one vector a sample ([B, 1, D]) in a trunk and one a token ([B, N, D]) in a
-    head.
+    head. It comes with the SiLU of adaLN applied, which is the same for all blocks.
 
     Args:
         width: Channels of a token.
@@ -307,12 +316,12 @@ class Block(nn.Module):
     def forward(
         self,
         tokens: Float[Tensor, "batch tokens dim"],
-        condition: Float[Tensor, "batch length dim"],
+        active: Float[Tensor, "batch length dim"],
         rotary: RotaryPositions | None,
     ) -> Float[Tensor, "batch tokens dim"]:
         """Add the gated attention and feed-forward branches to the residual stream."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulation(
-            self.adaLN_modulation, condition, 6
+            self.adaLN_modulation, active, 6
         )
         seen = torch.addcmul(shift_a, self.norm1(tokens), 1 + scale_a)
         tokens = torch.addcmul(tokens, gate_a, self.attn(seen, rotary))
@@ -343,8 +352,8 @@ class FinalLayer(nn.Module):
     def forward(
         self,
         tokens: Float[Tensor, "batch tokens dim"],
-        condition: Float[Tensor, "batch length dim"],
+        active: Float[Tensor, "batch length dim"],
     ) -> Float[Tensor, "batch tokens values"]:
-        """Patch values of each token."""
-        shift, scale = _modulation(self.adaLN_modulation, condition, 2)
+        """Patch values of each token, under a condition as of `Block`."""
+        shift, scale = _modulation(self.adaLN_modulation, active, 2)
         return self.linear(torch.addcmul(shift, self.norm_final(tokens), 1 + scale))

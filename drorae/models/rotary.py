@@ -62,8 +62,8 @@ class RotaryPositions(nn.Module):
         self.register_buffer("freqs_sin", angles.sin().to(dtype))
 
     def forward(
-        self, states: Float[Tensor, "batch heads tokens head_dim"]
-    ) -> Float[Tensor, "batch heads tokens head_dim"]:
+        self, states: Float[Tensor, "*rest tokens head_dim"]
+    ) -> Float[Tensor, "*rest tokens head_dim"]:
         """Rotate each channel pair (a, b) to (a cos - b sin, b cos + a sin).
 
         As one product of complex numbers, which is one pass instead of six (2026-11-24, EPYC: 2.4x
