@@ -18,6 +18,7 @@ from drorae.training.loop import LoopTools
 from drorae.training.parallel import is_sharded
 from drorae.training.saved import gather, put_back
 from drorae.training.state import TrainState
+from drorae.training.watchdog import unhurried
 from drorae.training.world import mean_over_ranks
 
 __all__ = ["evaluate_if_due", "log_step", "mean_terms", "save_if_due"]
@@ -99,7 +100,8 @@ def _guard_row(state: TrainState, tools: LoopTools, job: object) -> dict[str, fl
         return {}
     counts = [guard.skipped() for guard in _guards(state)]
     if max(longest for _, _, longest in counts) >= tools.compute.rollback_after_skips:
-        _roll_back(state, tools, job)
+        with unhurried("going back to a checkpoint"):
+            _roll_back(state, tools, job)
     return {"guard/skipped_steps": float(sum(total for total, _, _ in counts))}
 
 
@@ -137,9 +139,10 @@ def evaluate_if_due(state: TrainState, tools: LoopTools, every_steps: int) -> No
         return
     was_training = state.module.training
     state.wrapped.eval()
-    row = _evaluate(state, tools, "eval_online")
-    with averaged(state.ema, state.module):
-        row |= _evaluate(state, tools, "eval")
+    with unhurried("evaluation"):
+        row = _evaluate(state, tools, "eval_online")
+        with averaged(state.ema, state.module):
+            row |= _evaluate(state, tools, "eval")
     state.wrapped.train(was_training)
     if not row:
         return
@@ -173,6 +176,7 @@ def save_if_due(state: TrainState, tools: LoopTools, job: object) -> None:
     if any(row for _, row, _ in (guard.skipped() for guard in _guards(state))):
         return  # the weights may be what makes the losses bad: keep the one before
     state.save_asked = False
-    saved = gather(state, tools.world)
-    if tools.world.is_main:
-        tools.checkpoints.save(state.step, saved)
+    with unhurried("checkpoint"):
+        saved = gather(state, tools.world)
+        if tools.world.is_main:
+            tools.checkpoints.save(state.step, saved)
