@@ -2,9 +2,10 @@
 
 The only module that knows mlflow, by MlflowClient alone: no global run, no autologging. A tracker
 hands points to a thread with a bounded queue, so that neither a slow nor an absent server blocks a
-training step; what was logged meanwhile is delivered in order when the server is back. SQLite
-serves several processes of one machine; a cluster uses a server. Files under ./mlruns are never
-made.
+training step; what was logged meanwhile is delivered in order when the server is back. What waited
+in a process that was killed is delivered by the next attempt, from the history in its checkpoint.
+SQLite serves several processes of one machine; a cluster uses a server. Files under ./mlruns are
+never made.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -56,6 +57,10 @@ class Tracker(Protocol):
         """Log numbers of one step."""
         ...
 
+    def catch_up(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Log what of the rows of an earlier attempt was not delivered; each has its `step`."""
+        ...
+
     def image(self, name: str, image: "np.ndarray", step: int) -> None:
         """Log a picture: uint8, height x width x 3."""
         ...
@@ -73,6 +78,9 @@ class NullTracker:
     """Tracks nothing: ranks other than 0, and runs without a tracking address."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Ignore numbers."""
+
+    def catch_up(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Ignore numbers."""
 
     def image(self, name: str, image: "np.ndarray", step: int) -> None:
@@ -120,7 +128,12 @@ class _File:
     folder: str
 
 
-_Item = _Points | _Picture | _File
+@dataclass(frozen=True, slots=True)
+class _Earlier:
+    rows: tuple[_Points, ...]
+
+
+_Item = _Points | _Picture | _File | _Earlier
 
 
 class MlflowTracker:
@@ -150,6 +163,7 @@ class MlflowTracker:
         self._flush_every_s = flush_every_s
         self._close_timeout_s = close_timeout_s
         self._items: deque[_Item] = deque()
+        self._known: set[tuple[str, int, float]] = set()
         self._image_bytes = 0
         self._closing = False
         self._give_up = False
@@ -161,6 +175,19 @@ class MlflowTracker:
         """Queue the numbers of one step; never blocks."""
         values = tuple((_legal(k), float(v)) for k, v in metrics.items())
         self._put(_Points(values, int(step), _now_ms()))
+
+    def catch_up(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Queue the rows of an earlier attempt; never blocks.
+
+        The server is asked which it lacks. From then on rows whose step and first value it has are
+        left out, so that steps which are trained once more appear once.
+        """
+        now_ms = _now_ms()
+        points = []
+        for row in rows:
+            values = tuple((_legal(k), float(v)) for k, v in row.items() if k != "step")
+            points.append(_Points(values, int(row["step"]), now_ms))
+        self._put(_Earlier(tuple(points)))
 
     def image(self, name: str, image: "np.ndarray", step: int) -> None:
         """Queue a picture (uint8, height x width x 3); never blocks.
@@ -247,6 +274,9 @@ class MlflowTracker:
         first = batch[0]
         if isinstance(first, _Points):
             self._send_points(client, [item for item in batch if isinstance(item, _Points)])
+        elif isinstance(first, _Earlier):
+            self._ask_for_known(client, first.rows)
+            self._send_points(client, first.rows)
         elif isinstance(first, _Picture):
             client.log_image(
                 self.run_id,
@@ -259,12 +289,30 @@ class MlflowTracker:
         else:
             client.log_artifact(self.run_id, first.path, first.folder or None)
 
-    def _send_points(self, client: Any, points: list[_Points]) -> None:
+    def _ask_for_known(self, client: Any, rows: Sequence[_Points]) -> None:
+        """Ask which rows the server has, by their first value."""
+        for name in {row.values[0][0] for row in rows if row.values}:
+            metrics = client.get_metric_history(self.run_id, name)
+            self._known |= {(name, m.step, m.value) for m in metrics}
+
+    def _is_known(self, points: _Points) -> bool:
+        return any((name, points.step, value) in self._known for name, value in points.values[:1])
+
+    def _send_points(self, client: Any, points: Sequence[_Points]) -> None:
         from mlflow.entities import Metric  # in the thread: mlflow takes seconds to import
 
-        rows = [Metric(k, v, p.timestamp_ms, p.step) for p in points for k, v in p.values]
-        for start in range(0, len(rows), MAX_METRICS_PER_BATCH):
-            client.log_batch(self.run_id, metrics=rows[start : start + MAX_METRICS_PER_BATCH])
+        requests: list[list[Any]] = [[]]
+        for p in points:
+            if self._is_known(p):
+                continue
+            row = [Metric(k, v, p.timestamp_ms, p.step) for k, v in p.values]
+            # The server takes a request whole or not, and so each row.
+            if requests[-1] and len(requests[-1]) + len(row) > MAX_METRICS_PER_BATCH:
+                requests.append([])
+            requests[-1] += row
+        for rows in requests:
+            for start in range(0, len(rows), MAX_METRICS_PER_BATCH):
+                client.log_batch(self.run_id, metrics=rows[start : start + MAX_METRICS_PER_BATCH])
 
     def _wait_for_server(self, error: Exception, retry_s: float) -> float:
         if retry_s == RETRY_S[0]:

@@ -245,6 +245,7 @@ class _Tools:
             compute=self._ctx.compute,
             checkpoints=self._checkpoints,
             log=self._tracker.log,
+            catch_up=self._tracker.catch_up,
             progress=lambda done, total: self._ctx.progress(done, total, "images"),
             evaluators=[partial(evaluate, self._tracker) for evaluate in self._evaluators],
         )
