@@ -6,6 +6,7 @@ left out.
 """
 
 import logging
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 
@@ -146,7 +147,8 @@ def evaluate_if_due(state: TrainState, tools: LoopTools, every_steps: int) -> No
     state.wrapped.train(was_training)
     if not row:
         return
-    state.best |= {k: max(v, state.best.get(k, v)) for k, v in row.items()}
+    finite = {k: v for k, v in row.items() if math.isfinite(v)}
+    state.best |= {k: max(v, state.best.get(k, v)) for k, v in finite.items()}
     row |= {f"best/{name}": value for name, value in state.best.items()}
     if tools.world.is_main:
         tools.log(row, state.step)

@@ -50,7 +50,7 @@ from drorae.training.tokenizer import (
     fusion_phase,
     train_tokenizer,
 )
-from drorae.training.watchdog import watched
+from drorae.training.watchdog import unhurried, watched
 from drorae.training.world import World
 
 __all__ = [
@@ -251,8 +251,10 @@ class _Tools:
         )
 
     def __exit__(self, *exc: object) -> None:
-        self._checkpoints.wait()
-        self._tracker.close()
+        # After an error too: the others wait for it, and its own loop has not been left.
+        with unhurried("the last checkpoint and the last points"):
+            self._checkpoints.wait()
+            self._tracker.close()
 
 
 def _run_phase(
