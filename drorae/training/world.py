@@ -5,6 +5,7 @@
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ def wrap_ddp(module: nn.Module, world: World) -> nn.Module:
     return nn.parallel.DistributedDataParallel(module, **_keep_buffers())
 
 
-def _keep_buffers() -> dict[str, bool]:
+def _keep_buffers() -> dict[str, Any]:
     """Leave buffers alone in forward passes: all ranks compute the same ones.
 
     torch 2.13 renamed the option. Under the new name buffers are still sent once, at the start.
