@@ -23,7 +23,7 @@ from torch import Tensor
 
 from drorae.store import files
 
-__all__ = ["Snapshot", "TrainingCheckpoints", "load_weights", "weights_bytes"]
+__all__ = ["Snapshot", "TrainingCheckpoints", "load_weights", "newest_step", "weights_bytes"]
 
 log = logging.getLogger(__name__)
 
@@ -201,6 +201,13 @@ class TrainingCheckpoints:
             log.warning("checkpoint %s is left out: its content was changed", uri)
             return None
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def newest_step(work_uri: str) -> int:
+    """Step of the newest checkpoint of a working folder, intact or not; -1 if there is none."""
+    names = files.list_files(files.join(work_uri, "checkpoints"))
+    steps = [name.removeprefix("step-").removesuffix(".json") for name in names]
+    return max((int(step) for step in steps if step.isdecimal()), default=-1)
 
 
 def weights_bytes(state: dict[str, Tensor]) -> bytes:

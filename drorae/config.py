@@ -80,14 +80,20 @@ class Compute:
     with the next data; a second time without a new checkpoint stops the stage."""
     max_failures: int = 3
     """Restarts of the Ray Train worker group from the last checkpoint before the stage fails, and
-    restarts after a lost Ray Train controller. Machines taken away with notice do not count."""
+    restarts after a lost Ray Train controller. After so many the count starts again if there was a
+    new checkpoint meanwhile, so a stage fails after at least `max_failures` + 1 and at most twice
+    as many failures in a row without one; 0: no restart at all. Machines taken away with notice do
+    not count."""
     collective_timeout_s: float = 600.0
-    """Longest wait of a rank for the others before it is declared hung. Ray's own default is no
-    limit."""
-    hang_timeout_s: float = 300.0
-    """Longest time between two batches, from the second on, before a rank is taken for hung and the
-    group is restarted: longer than a step with its evaluation and checkpoint. A process that
-    answers nothing at all is found within a minute, or this time if it is shorter."""
+    """Longest wait of a rank for the others before it is declared hung, and longest evaluation,
+    checkpoint or first step with the discriminator. Ray's own default is no limit."""
+    hang_timeout_s: float = 90.0
+    """Longest time between two batches before a rank is taken for hung and the group is restarted,
+    or 20 typical steps of this run if that is longer. It is found a quarter of this time later at
+    the latest: by default within 120 s. Not measured are the first step, which may compile, and
+    what `collective_timeout_s` limits; a store that is away is waited for as long as requests wait.
+    A process that answers nothing at all is found within a minute, or this time if it is
+    shorter."""
     cache_path: str = ""
     """Folder for hidden-state caches and downloads; empty: beside a local workspace, else the
     user's cache."""

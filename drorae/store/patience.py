@@ -8,6 +8,7 @@ through `patiently`; what should fail at once, or had better be skipped than wai
 
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import TypeVar
 
 from drorae.store.errors import is_transient
 
-__all__ = ["PATIENCE_S", "patience", "patiently"]
+__all__ = ["PATIENCE_S", "is_waiting", "patience", "patiently"]
 
 T = TypeVar("T")
 
@@ -31,7 +32,15 @@ _seconds: ContextVar[float | None] = ContextVar("patience_s", default=None)
 # Own generator: that of the module belongs to the training, whose draws must not depend on outages.
 _jitter = random.Random()
 
+_waiting: set[int] = set()
+"""Threads of this process that wait for a store now."""
+
 log = logging.getLogger(__name__)
+
+
+def is_waiting() -> bool:
+    """Whether any thread of this process waits for a store that is away."""
+    return bool(_waiting)
 
 
 @contextmanager
@@ -57,6 +66,13 @@ def patiently(call: Callable[[], T]) -> T:
     Raises:
         Exception: What the last try raised; what a repetition cannot cure is raised at once.
     """
+    try:
+        return _repeated(call)
+    finally:
+        _waiting.discard(threading.get_ident())
+
+
+def _repeated(call: Callable[[], T]) -> T:
     first_failure_s = None
     pause_s = FIRST_PAUSE_S
     while True:
@@ -69,6 +85,7 @@ def patiently(call: Callable[[], T]) -> T:
             left_s = first_failure_s + _allowed_s() - now_s
             if left_s <= 0 or not is_transient(error):
                 raise
+            _waiting.add(threading.get_ident())
             if pause_s == FIRST_PAUSE_S:
                 log.warning("the store is away, asking for %.0f s more: %s", left_s, error)
         else:

@@ -4,7 +4,7 @@ The imports stand in the functions because mlflow takes seconds to import.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from drorae.tracking.limits import (
@@ -36,12 +36,28 @@ def open_client(uri: str) -> Any:
 
 
 def send_points(client: Any, run_id: str, points: Iterable[Points]) -> None:
-    """Log the numbers of some steps."""
+    """Log the numbers of some steps.
+
+    The server takes a request whole or not at all, and so each step, if it fits one.
+    """
     from mlflow.entities import Metric
 
-    rows = [Metric(k, v, p.timestamp_ms, p.step) for p in points for k, v in p.values]
-    for start in range(0, len(rows), MAX_METRICS_PER_BATCH):
-        client.log_batch(run_id, metrics=rows[start : start + MAX_METRICS_PER_BATCH])
+    requests: list[list[Metric]] = [[]]
+    for p in points:
+        row = [Metric(k, v, p.timestamp_ms, p.step) for k, v in p.values]
+        if requests[-1] and len(requests[-1]) + len(row) > MAX_METRICS_PER_BATCH:
+            requests.append([])
+        requests[-1] += row
+    for rows in requests:
+        for start in range(0, len(rows), MAX_METRICS_PER_BATCH):
+            client.log_batch(run_id, metrics=rows[start : start + MAX_METRICS_PER_BATCH])
+
+
+def delivered(client: Any, run_id: str, rows: Sequence[Points]) -> set[tuple[str, int, float]]:
+    """First value of every row that the server has, as (name, step, value)."""
+    names = {row.values[0][0] for row in rows if row.values}
+    history = [metric for name in names for metric in client.get_metric_history(run_id, name)]
+    return {(metric.key, metric.step, metric.value) for metric in history}
 
 
 def add_params(client: Any, run_id: str, params: Mapping[str, Any]) -> None:

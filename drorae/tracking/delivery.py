@@ -1,21 +1,22 @@
 """The tracker of a stage: queues what the loop logs, and sends it to MLflow from a thread.
 
-What was logged while the server was away is delivered in order when it is back. An entry that the
-server refuses is dropped with a warning, and the rest goes on.
+What was logged while the server was away is delivered in order when it is back. What waited in a
+process that was killed is delivered by the next attempt, from the history in its checkpoint. An
+entry that the server refuses is dropped with a warning, and the rest goes on.
 """
 
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from drorae.tracking import retries
-from drorae.tracking.client import open_client, send_points
+from drorae.tracking.client import delivered, open_client, send_points
 from drorae.tracking.limits import legal
-from drorae.tracking.outbox import File, Item, Outbox, Picture, Points
+from drorae.tracking.outbox import Earlier, File, Item, Outbox, Picture, Points
 from drorae.tracking.tracker import NullTracker, Tracker
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class MlflowTracker:
         self._flush_every_s = flush_every_s
         self._close_timeout_s = close_timeout_s
         self._outbox = Outbox(f"MLflow {uri}")
+        self._known: set[tuple[str, int, float]] = set()
         self._thread = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -74,8 +76,17 @@ class MlflowTracker:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Queue the numbers of one step; never blocks."""
-        values = tuple((legal(k), float(v)) for k, v in metrics.items())
-        self._outbox.put(Points(values, int(step), _now_ms()))
+        self._outbox.put(_points(metrics, step))
+
+    def catch_up(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Queue the rows of an earlier attempt; never blocks.
+
+        The server is asked which it lacks. From then on rows whose step and first value it has are
+        left out, so that steps which are trained once more appear once.
+        """
+        values = ({k: v for k, v in row.items() if k != "step"} for row in rows)
+        points = (_points(v, int(r["step"])) for v, r in zip(values, rows, strict=True))
+        self._outbox.put(Earlier(tuple(points)))
 
     def image(self, name: str, image: "np.ndarray", step: int) -> None:
         """Queue a picture (uint8, height x width x 3); never blocks.
@@ -131,8 +142,10 @@ class MlflowTracker:
     def _send(self, client: Any, batch: list[Item]) -> None:
         first = batch[0]
         if isinstance(first, Points):
-            points = [item for item in batch if isinstance(item, Points)]
-            send_points(client, self.run_id, points)
+            self._send_points(client, [item for item in batch if isinstance(item, Points)])
+        elif isinstance(first, Earlier):
+            self._known |= delivered(client, self.run_id, first.rows)
+            self._send_points(client, first.rows)
         elif isinstance(first, Picture):
             client.log_image(
                 self.run_id,
@@ -145,12 +158,21 @@ class MlflowTracker:
         else:
             client.log_artifact(self.run_id, first.path, first.folder or None)
 
+    def _send_points(self, client: Any, points: Sequence[Points]) -> None:
+        new = [p for p in points if not any((k, p.step, v) in self._known for k, v in p.values[:1])]
+        send_points(client, self.run_id, new)
+
     def _wait_for_server(self, error: Exception, retry_s: float) -> float:
         if retry_s == retries.RETRY_S[0]:
             log.warning("MLflow %s does not answer, points wait: %s", self.uri, error)
         time.sleep(retry_s)
         # Close to the end of a run the server may be back any moment: keep the pauses short.
         return min(retry_s * 2, 1.0 if self._outbox.is_closed else retries.RETRY_S[1])
+
+
+def _points(metrics: Mapping[str, float], step: int) -> Points:
+    values = tuple((legal(k), float(v)) for k, v in metrics.items())
+    return Points(values, int(step), _now_ms())
 
 
 def _now_ms() -> int:

@@ -44,7 +44,14 @@ class File:
     folder: str
 
 
-Item = Points | Picture | File
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """Numbers of an earlier attempt, some of which were delivered."""
+
+    rows: tuple[Points, ...]
+
+
+Item = Points | Picture | File | Earlier
 
 
 class Outbox:

@@ -1,6 +1,6 @@
-"""What a training loop sees of tracking: four methods, and an object that does nothing."""
+"""What a training loop sees of tracking: five methods, and an object that does nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +13,10 @@ class Tracker(Protocol):
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log numbers of one step."""
+        ...
+
+    def catch_up(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Log what of the rows of an earlier attempt was not delivered; each has its `step`."""
         ...
 
     def image(self, name: str, image: "np.ndarray", step: int) -> None:
@@ -32,6 +36,9 @@ class NullTracker:
     """Tracks nothing: ranks other than 0, and runs without a tracking address."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Ignore numbers."""
+
+    def catch_up(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Ignore numbers."""
 
     def image(self, name: str, image: "np.ndarray", step: int) -> None:

@@ -102,6 +102,10 @@ class Critic:
         """Whether the discriminator learns in this step."""
         return step >= self._config.learn_from_step
 
+    def begins(self, step: int) -> bool:
+        """Whether the discriminator learns or guides for the first time in this step."""
+        return step in (self._config.start_step, self._config.learn_from_step)
+
     def pull(
         self,
         reconstruction_loss: Float[Tensor, ""],

@@ -6,6 +6,7 @@ left out.
 """
 
 import logging
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 
@@ -18,6 +19,7 @@ from drorae.training.loop import LoopTools
 from drorae.training.parallel import is_sharded
 from drorae.training.saved import gather, put_back
 from drorae.training.state import TrainState
+from drorae.training.watchdog import unhurried
 from drorae.training.world import mean_over_ranks
 
 __all__ = ["evaluate_if_due", "log_step", "mean_terms", "save_if_due"]
@@ -99,7 +101,8 @@ def _guard_row(state: TrainState, tools: LoopTools, job: object) -> dict[str, fl
         return {}
     counts = [guard.skipped() for guard in _guards(state)]
     if max(longest for _, _, longest in counts) >= tools.compute.rollback_after_skips:
-        _roll_back(state, tools, job)
+        with unhurried("going back to a checkpoint"):
+            _roll_back(state, tools, job)
     return {"guard/skipped_steps": float(sum(total for total, _, _ in counts))}
 
 
@@ -137,13 +140,15 @@ def evaluate_if_due(state: TrainState, tools: LoopTools, every_steps: int) -> No
         return
     was_training = state.module.training
     state.wrapped.eval()
-    row = _evaluate(state, tools, "eval_online")
-    with averaged(state.ema, state.module):
-        row |= _evaluate(state, tools, "eval")
+    with unhurried("evaluation"):
+        row = _evaluate(state, tools, "eval_online")
+        with averaged(state.ema, state.module):
+            row |= _evaluate(state, tools, "eval")
     state.wrapped.train(was_training)
     if not row:
         return
-    state.best |= {k: max(v, state.best.get(k, v)) for k, v in row.items()}
+    finite = {k: v for k, v in row.items() if math.isfinite(v)}
+    state.best |= {k: max(v, state.best.get(k, v)) for k, v in finite.items()}
     row |= {f"best/{name}": value for name, value in state.best.items()}
     if tools.world.is_main:
         tools.log(row, state.step)
@@ -173,6 +178,7 @@ def save_if_due(state: TrainState, tools: LoopTools, job: object) -> None:
     if any(row for _, row, _ in (guard.skipped() for guard in _guards(state))):
         return  # the weights may be what makes the losses bad: keep the one before
     state.save_asked = False
-    saved = gather(state, tools.world)
-    if tools.world.is_main:
-        tools.checkpoints.save(state.step, saved)
+    with unhurried("checkpoint"):
+        saved = gather(state, tools.world)
+        if tools.world.is_main:
+            tools.checkpoints.save(state.step, saved)

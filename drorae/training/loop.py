@@ -1,6 +1,6 @@
 """What both training loops are given and hand back: checkpoints, logging, progress, evaluators."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,6 +43,8 @@ class LoopTools:
     """Receives metrics and the step, on rank 0."""
     progress: Callable[[int, int], None]
     """Receives finished and total images, on rank 0."""
+    catch_up: Callable[[Sequence[Mapping[str, float]]], None] = lambda rows: None
+    """Receives the rows that earlier attempts logged, after a resume, on rank 0."""
     evaluators: Sequence[Callable[[int, str], dict[str, float]]] = ()
     """Each is called with the step and the first part of its metrics' names: `eval` while the EMA
     weights are in place, `eval_online` with those that are trained. On rank 0, or where the weights

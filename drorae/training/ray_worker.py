@@ -2,16 +2,16 @@
 
 A training stage is a function `train(ctx, world, **sections) -> StageResult` that knows no Ray.
 Here it is run in every worker of a Ray Train group. Restarts after a lost worker go through Ray's
-failure policy, and one after a lost controller, which that policy does not cover, through
-`train_on_ray`; the function then finds its own last checkpoint. Ray's checkpoint store is not used:
-a reported checkpoint is registered only at the controller's next poll, and one written in the
-second before a crash is lost (measured 2026-11-21, Ray 2.60).
+failure policy. It counts all failures of a run together and does not cover a lost controller, so
+`train_on_ray` starts another run after either, as long as checkpoints advance; the function then
+finds its own last checkpoint. Ray's checkpoint store is not used: a reported checkpoint is
+registered only at the controller's next poll, and one written in the second before a crash is lost
+(measured 2026-11-21, Ray 2.60).
 """
 
+import itertools
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +23,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.placement_group import get_current_placement_group
 
+from drorae.checkpoint import newest_step
 from drorae.config import Compute, from_json, to_json
 from drorae.data.ray_session import connect_ray
 from drorae.store import files
@@ -34,6 +35,7 @@ from drorae.training.failures import (
     record_hang,
     start_group,
 )
+from drorae.training.scratch import scratch_folder
 from drorae.training.watchdog import Watchdog
 from drorae.training.world import World
 
@@ -64,19 +66,28 @@ def train_on_ray(ctx: StageContext, train: TrainFunction, sections: dict[str, An
 
     Raises:
         ValueError: What a worker raised for a user's mistake, as it was raised.
-        RuntimeError: Any other failure after all restarts, naming the first exception of the group,
-            or the rank that vanished without one.
+        RuntimeError: Any other failure after all restarts without a new checkpoint, naming the
+            first exception of the group, or the rank that vanished without one.
     """
     files.delete(_result_uri(ctx))
     for name, value in _timeouts(ctx.compute).items():
         os.environ.setdefault(name, value)
-    for restart in range(ctx.compute.max_failures + 1):
+    reached, lost = _newest_step(ctx), 0
+    for number in itertools.count():
         connect_ray(ctx.compute)
         try:
-            _fit(ctx, train, sections, restart)
+            _fit(ctx, train, sections, number)
             break
-        except RayActorError as error:
-            _after_lost_controller(ctx, restart, error)
+        except (RayActorError, RuntimeError) as error:
+            before, reached = reached, max(reached, _newest_step(ctx))
+            lost = lost if reached == before else 0
+            if isinstance(error, RayActorError):
+                lost += 1
+                _after_lost_controller(ctx, lost, error)
+            elif reached == before or not ctx.compute.max_failures:
+                raise
+            else:
+                log.warning("%s: goes on, as it reached step %d: %s", ctx.stage, reached, error)
     return from_json(StageResult, files.read_json(_result_uri(ctx)))
 
 
@@ -111,10 +122,26 @@ def _timeouts(compute: Compute) -> dict[str, str]:
 
 def _fit(ctx: StageContext, train: TrainFunction, sections: dict[str, Any], restart: int) -> None:
     """One Ray Train run, from start to end or to the failure that ends it."""
+    with scratch_folder() as storage_path:
+        trainer = _trainer(ctx, train, sections, restart, storage_path)
+        try:
+            trainer.fit()
+        except RayActorError:
+            raise
+        except Exception as error:
+            _raise_first(ctx, error)
+
+
+def _trainer(
+    ctx: StageContext,
+    train: TrainFunction,
+    sections: dict[str, Any],
+    restart: int,
+    storage_path: str,
+) -> TorchTrainer:
     compute = ctx.compute
-    storage_path = tempfile.mkdtemp(prefix="drorae-train-")
     elastic = (compute.min_workers, compute.num_workers)
-    trainer = TorchTrainer(
+    return TorchTrainer(
         _worker,
         train_loop_config={"ctx": ctx, "train": train, "sections": sections},
         torch_config=TorchConfig(
@@ -138,25 +165,26 @@ def _fit(ctx: StageContext, train: TrainFunction, sections: dict[str, Any], rest
             ),
         ),
     )
+
+
+def _newest_step(ctx: StageContext) -> int:
+    """Step of the last checkpoint; -1 without one, or while the store does not tell."""
     try:
-        trainer.fit()
-    except RayActorError:
-        raise
-    except Exception as error:
-        _raise_first(ctx, error)
-    finally:
-        shutil.rmtree(storage_path, ignore_errors=True)
+        return newest_step(ctx.work_uri)
+    except RuntimeError as error:
+        log.warning("%s: checkpoints cannot be listed: %s", ctx.stage, error)
+        return -1
 
 
-def _after_lost_controller(ctx: StageContext, restart: int, error: RayActorError) -> None:
+def _after_lost_controller(ctx: StageContext, lost: int, error: RayActorError) -> None:
     """Let go of what the lost controller started, so that the next one finds the resources free.
 
     Raises:
-        RuntimeError: It was the last restart.
+        RuntimeError: So many were lost that there is no other restart.
     """
-    if restart == ctx.compute.max_failures:
+    if lost > ctx.compute.max_failures:
         raise RuntimeError(
-            f"{ctx.stage}: the Ray Train controller was lost {restart + 1} times ({error}): "
+            f"{ctx.stage}: the Ray Train controller was lost {lost} times ({error}): "
             "expected it to outlive the training; see the memory of the driver's machine and "
             "Ray's logs, then run again: the stage continues from its last checkpoint."
         ) from error
@@ -181,6 +209,7 @@ def _worker(config: dict[str, Any]) -> None:
         world.rank,
         world.world_size,
         ctx.compute.hang_timeout_s,
+        ctx.compute.collective_timeout_s,
         on_hang=lambda rank, message: record_hang(folder_uri, rank, message),
     )
     try:

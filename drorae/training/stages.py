@@ -50,7 +50,7 @@ from drorae.training.tokenizer import (
     fusion_phase,
     train_tokenizer,
 )
-from drorae.training.watchdog import watched
+from drorae.training.watchdog import unhurried, watched
 from drorae.training.world import World
 
 __all__ = [
@@ -245,13 +245,16 @@ class _Tools:
             compute=self._ctx.compute,
             checkpoints=self._checkpoints,
             log=self._tracker.log,
+            catch_up=self._tracker.catch_up,
             progress=lambda done, total: self._ctx.progress(done, total, "images"),
             evaluators=[partial(evaluate, self._tracker) for evaluate in self._evaluators],
         )
 
     def __exit__(self, *exc: object) -> None:
-        self._checkpoints.wait()
-        self._tracker.close()
+        # After an error too: the others wait for it, and its own loop has not been left.
+        with unhurried("the last checkpoint and the last points"):
+            self._checkpoints.wait()
+            self._tracker.close()
 
 
 def _run_phase(

@@ -133,6 +133,8 @@ def begin(
         extra=extra,
     )
     put_back(state, tools.checkpoints.latest() if world.is_main else None, world)
+    if state.history and world.is_main:
+        tools.catch_up(tuple(state.history))
     return state
 
 

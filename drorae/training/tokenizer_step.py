@@ -24,6 +24,7 @@ from drorae.training.critic import Critic, Judged
 from drorae.training.intervals import mean_terms
 from drorae.training.jobs import TokenizerTraining
 from drorae.training.state import TrainState, apply_update, seed_part
+from drorae.training.watchdog import unhurried
 
 __all__ = ["Part", "TokenizerPhase", "TokenizerStep", "noised"]
 
@@ -108,6 +109,14 @@ class TokenizerStep:
 
     def run(self, state: TrainState, parts: Sequence[Part]) -> dict[str, Tensor]:
         """Update the trained module, then the discriminator; returns terms to log."""
+        step, critic = state.step, self.critic
+        if critic is not None and critic.begins(step):
+            # A compiled network is compiled once more for it.
+            with unhurried("first step with the discriminator"):
+                return self._run(state, parts)
+        return self._run(state, parts)
+
+    def _run(self, state: TrainState, parts: Sequence[Part]) -> dict[str, Tensor]:
         step, critic = state.step, self.critic
         if critic is not None and critic.guides(step):
             terms = self._follow_critic(state, parts, critic)

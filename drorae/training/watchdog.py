@@ -4,32 +4,43 @@ Ray notices a process that died and one that answers nothing (stopped, frozen ma
 live one whose loop does not advance: a read that never returns, or a rank that waits for such a
 one. The loop touches the watchdog through its batches (`watched`). Each rank tells the others where
 it is in a small file beside the checkpoints, so this works over several machines without a further
-service; it costs one small write per rank every 30 s. Armed by the second batch, since the first
-step may compile for minutes.
+service; it costs one small write per rank a tenth of the limit, 9 s by default.
+
+The limit is a number of seconds, or a number of typical steps of this run if those take longer. Not
+judged by it are the first step, which may compile for minutes, and what the loop announces as long
+(`unhurried`: evaluation, checkpoint): its own rank has another limit there, and the other ranks,
+which then wait for it in a collective, see in its report that it is at work. A store that is away
+delays batches and reports alike, and is waited for as long as its requests wait.
 """
 
 import logging
 import os
 import socket
+import statistics
 import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
 
 from drorae.config import from_json, to_json
-from drorae.store import files
-from drorae.store.patience import patience
+from drorae.store import files, patience
 
-__all__ = ["RankReport", "Watchdog", "read_reports", "report_uri", "watched"]
+__all__ = ["RankReport", "Watchdog", "read_reports", "report_uri", "unhurried", "watched"]
 
 T = TypeVar("T")
 
 REPORTS_PER_TIMEOUT = 10
 REPORT_EVERY_S = (1.0, 30.0)
+TYPICAL_STEPS = 20
+"""Steps of the usual length that may pass without a batch."""
+STEPS_MEASURED = 50
+"""Last steps of which the median is the usual length: one that waited long does not count."""
 EXIT_CODE = 70
 
 end_process = os._exit
@@ -52,6 +63,8 @@ class RankReport:
     """Batches that its loop has taken since this group of workers started."""
     number: int
     """Raised by every report: one that stays the same is that of a silent process."""
+    busy: str = ""
+    """What it announced to take long and is at now; usually empty."""
     where: str
     """Innermost line of our own code that its loop was in."""
 
@@ -67,6 +80,7 @@ class Watchdog:
         rank: This rank.
         world_size: Number of ranks that report there.
         timeout_s: Longest time between two batches.
+        long_timeout_s: Longest time inside of `unhurried`.
         on_hang: Receives the message before this process ends.
     """
 
@@ -76,15 +90,21 @@ class Watchdog:
         rank: int,
         world_size: int,
         timeout_s: float,
+        long_timeout_s: float,
         on_hang: Callable[[int, str], None],
     ) -> None:
         self._folder_uri = folder_uri
-        self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
+        self._rank, self._world_size = rank, world_size
+        self._timeout_s, self._long_timeout_s = timeout_s, long_timeout_s
         self._on_hang = on_hang
         low, high = REPORT_EVERY_S
         self.every_s = min(max(timeout_s / REPORTS_PER_TIMEOUT, low), high)
         self._batches, self._number = 0, 0
         self._last_s: float | None = None
+        self._steps_s: deque[float] = deque(maxlen=STEPS_MEASURED)
+        self._typical_s = 0.0
+        self._busy = ""
+        self._excused_s = 0.0
         self._loop_thread = threading.get_ident()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -106,44 +126,81 @@ class Watchdog:
         try:
             for batch in batches:
                 self._batches += 1
-                self._last_s = time.monotonic() if self._batches > 1 else None
+                self._note_step()
                 yield batch
         finally:
             self._last_s = None
 
+    def _note_step(self) -> None:
+        now_s = time.monotonic()
+        if self._last_s is not None:
+            self._steps_s.append(now_s - self._last_s)
+            self._typical_s = statistics.median_low(self._steps_s)
+        self._last_s = now_s if self._batches > 1 else None
+
+    @contextmanager
+    def unhurried(self, why: str) -> Iterator[None]:
+        """Allow the loop what takes longer than a step."""
+        armed, outer = self._last_s is not None, self._busy
+        self._busy, self._last_s = why, time.monotonic() if armed else None
+        try:
+            yield
+        finally:
+            self._busy, self._last_s = outer, time.monotonic() if armed else None
+
     def _watch(self) -> None:
         while not self._stop.wait(self.every_s):
             self._report()
-            if self._is_late() and (told := self._explain()):
+            if self._late_s() > 0 and (told := self._explain()):
                 log.error("%s", told[1])
                 self._on_hang(*told)
                 # The loop hangs in a call that no exception reaches; Ray restarts the group.
                 end_process(EXIT_CODE)
                 return
 
-    def _is_late(self) -> bool:
+    def _late_s(self) -> float:
+        """By how much the loop exceeds its limit; negative within it."""
         last_s = self._last_s
-        return last_s is not None and time.monotonic() - last_s > self._timeout_s
+        if last_s is None:
+            return -1.0
+        return time.monotonic() - max(last_s, self._excused_s) - self._limit_s()
+
+    def _limit_s(self) -> float:
+        limit_s = max(self._timeout_s, TYPICAL_STEPS * self._typical_s)
+        return max(limit_s, self._long_timeout_s) if self._busy else limit_s
 
     def _explain(self) -> tuple[int, str] | None:
         """Who holds the group up and what to say; None if the loop went on after all."""
         before = read_reports(self._folder_uri, self._world_size)
         if self._stop.wait(1.2 * self.every_s):
             return None
-        self._report()
-        if not self._is_late():
-            return None
+        can_report = self._report()
         reports = read_reports(self._folder_uri, self._world_size) | {self._rank: self._own()}
         silent = [r for r, report in reports.items() if before.get(r) == report]
+        if self._is_excused(reports, silent, can_report):
+            return None
         fewest = min(report.batches for report in reports.values())
         slowest = [r for r, report in reports.items() if report.batches == fewest]
         culprit = (silent or slowest)[0]
         state = "does not answer" if silent else f"stands still in {reports[culprit].where}"
         return culprit, (
-            f"no training step was finished for {self._timeout_s:g} s: {reports[culprit]} "
+            f"no training step was finished for {self._limit_s():.3g} s: {reports[culprit]} "
             f"{state} after {reports[culprit].batches} batches; expected a batch at least every "
             "compute.hang_timeout_s. See that process and its disk, or raise the limit."
         )
+
+    def _is_excused(
+        self, reports: dict[int, RankReport], silent: list[int], can_report: bool
+    ) -> bool:
+        """Whether the loop went on after all, or waits for what has a limit of its own."""
+        late_s = self._late_s()
+        others = [r for r in reports if r not in (self._rank, *silent)]
+        if late_s > 0 and any(reports[rank].busy for rank in others):
+            # Once it is done there, this rank may wait for its step as long as for any other.
+            self._excused_s = time.monotonic()
+            return True
+        store_is_away = patience.is_waiting() or not can_report
+        return late_s <= 0 or (store_is_away and late_s <= patience.PATIENCE_S)
 
     def _own(self) -> RankReport:
         return RankReport(
@@ -152,16 +209,20 @@ class Watchdog:
             pid=os.getpid(),
             batches=self._batches,
             number=self._number,
+            busy=self._busy or ("waiting for the store" if patience.is_waiting() else ""),
             where=_innermost(self._loop_thread),
         )
 
-    def _report(self) -> None:
+    def _report(self) -> bool:
+        """Tell the others; whether that worked."""
         self._number += 1
         try:
-            with patience(0):
+            with patience.patience(0):
                 files.write_json(report_uri(self._folder_uri, self._rank), to_json(self._own()))
         except RuntimeError as error:
             log.warning("rank %d could not report: %s", self._rank, error)
+            return False
+        return True
 
 
 def watched(batches: Callable[[int], Iterator[T]]) -> Callable[[int], Iterator[T]]:
@@ -170,6 +231,18 @@ def watched(batches: Callable[[int], Iterator[T]]) -> Callable[[int], Iterator[T
     if watchdog is None:
         return batches
     return lambda start: watchdog.follow(batches(start))
+
+
+@contextmanager
+def unhurried(why: str) -> Iterator[None]:
+    """What a loop does beside its steps, known to take long on this rank; no limit is set by it.
+
+    Args:
+        why: For messages.
+    """
+    watchdog = CURRENT.get()
+    with nullcontext() if watchdog is None else watchdog.unhurried(why):
+        yield
 
 
 def report_uri(folder_uri: str, rank: int) -> str:
@@ -182,7 +255,7 @@ def read_reports(folder_uri: str, world_size: int) -> dict[int, RankReport]:
     found: dict[int, RankReport] = {}
     for rank in range(world_size):
         try:
-            with patience(0):
+            with patience.patience(0):
                 report = files.read_json(report_uri(folder_uri, rank))
         except (FileNotFoundError, RuntimeError, ValueError):
             continue

@@ -3,7 +3,9 @@
 `World` is a plain value; beside it stand the gradient-averaging wrapper and the mean over ranks.
 """
 
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +64,17 @@ def wrap_ddp(module: nn.Module, world: World) -> nn.Module:
     """DistributedDataParallel when there is more than one rank, else the module itself."""
     if world.world_size == 1:
         return module
-    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(module, **_keep_buffers())
+
+
+def _keep_buffers() -> dict[str, Any]:
+    """Leave buffers alone in forward passes: all ranks compute the same ones.
+
+    torch 2.13 renamed the option. Under the new name buffers are still sent once, at the start.
+    """
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return {name: False}
 
 
 def part_slices(num_images: int, num_parts: int) -> list[slice]:

@@ -2,8 +2,10 @@
 
 import json
 import threading
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 
 class MlflowStub:
@@ -36,13 +38,24 @@ class MlflowStub:
                 self._answer(200)
 
             def do_GET(self) -> None:
-                self._answer(404)
+                address = urlsplit(self.path)
+                if not address.path.endswith("/metrics/get-history"):
+                    self._answer(404)
+                    return
+                name = parse_qs(address.query)["metric_key"][0]
+                found = [
+                    {"key": key, "step": step, "value": value, "timestamp": 0}
+                    for key, step, value in stub.points
+                    if key == name
+                ]
+                self._answer(200, {"metrics": found})
 
-            def _answer(self, status: int) -> None:
+            def _answer(self, status: int, content: Mapping[str, Any] | None = None) -> None:
+                body = json.dumps(content or {}).encode()
                 self.send_response(status)
-                self.send_header("Content-Length", "2")
+                self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(b"{}")
+                self.wfile.write(body)
 
             def log_message(self, format: str, *args: Any) -> None:
                 """Print nothing."""

@@ -195,9 +195,7 @@ def _on_s3(
         try:
             bench.cluster(environment)
             workspace = f"s3://{server.new_bucket()}/chaos"
-            # A save may wait for the store as long as the store may be away.
-            compute = replace(COMPUTE, hang_timeout_s=150.0)
-            run = bench.run(row.scenario, workspace=workspace, compute=compute)
+            run = bench.run(row.scenario, workspace=workspace)
             proxy.share_refused = share_refused
             run.start()
             row.done = disturb(run, server, proxy)

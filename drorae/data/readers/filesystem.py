@@ -1,6 +1,7 @@
 """Opening and walking local folders and object stores, symbolic-link loops included.
 
-Object stores go through fsspec; endpoint and keys come from the usual AWS_* variables.
+Object stores go through fsspec; endpoint and keys come from the usual AWS_* variables. An S3 server
+that is away is waited for (`drorae.store.patience`).
 """
 
 import os
@@ -13,6 +14,7 @@ import fsspec
 
 from drorae.store import s3
 from drorae.store.errors import clear_errors, is_s3
+from drorae.store.patience import patiently
 
 
 def is_remote(uri: str) -> bool:
@@ -39,8 +41,21 @@ def open_file(uri: str) -> Any:
     if is_remote(uri):
         file_system, path = _remote(uri)
         with store_errors(uri):
-            return file_system.open(path, "rb")
+            file = patiently(lambda: file_system.open(path, "rb"))
+        return _patient(file, uri) if is_s3(uri) else file
     return Path(uri).open("rb")
+
+
+def _patient(file: Any, uri: str) -> Any:
+    """The same open object; whatever asks it for bytes (zipfile, pyarrow) waits for its store."""
+    fetch = file.cache.fetcher
+
+    def fetch_patiently(start: int, end: int) -> bytes:
+        with store_errors(uri):
+            return patiently(lambda: fetch(start, end))
+
+    file.cache.fetcher = fetch_patiently
+    return file
 
 
 def check_exists(uri: str) -> None:
@@ -138,7 +153,8 @@ def _walk_remote(uri: str) -> list[str]:
     file_system, root = _remote(uri)
     root = root.rstrip("/")
     with store_errors(uri):
-        paths = [path for path in file_system.find(root) if not path.endswith("/")]
+        found = patiently(lambda: file_system.find(root))
+    paths = [path for path in found if not path.endswith("/")]
     if not paths:
         raise FileNotFoundError(
             f"source {uri!r} does not exist or is empty: expected objects under that prefix. "

@@ -14,8 +14,11 @@ from drorae.data.readers.candidates import (
 )
 from drorae.data.readers.filesystem import open_file
 
-READ_ERRORS = (OSError, RuntimeError, NotImplementedError, KeyError, zipfile.BadZipFile, zlib.error)
-"""What zipfile raises for a damaged, encrypted or unsupported member."""
+READ_ERRORS = (OSError, NotImplementedError, KeyError, zipfile.BadZipFile, zlib.error)
+"""What zipfile raises for a damaged or unsupported member. A RuntimeError is that of an object
+store, and no fault of the image."""
+
+ENCRYPTED_FLAG = 0x1
 
 
 def list_zip(uri: str, name: str) -> Listing:
@@ -73,6 +76,8 @@ def read_zip(candidates: Sequence[Candidate]) -> Iterator[Record]:
 
 def _read_member(archive: zipfile.ZipFile, candidate: Candidate) -> Record:
     try:
+        if archive.getinfo(candidate.member).flag_bits & ENCRYPTED_FLAG:
+            return Record(candidate, None, "zip member cannot be read: it is encrypted")
         return Record(candidate, archive.read(candidate.member))
     except READ_ERRORS as error:
         return Record(candidate, None, f"zip member cannot be read: {error}")

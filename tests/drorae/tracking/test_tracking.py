@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from mlflow.entities import Metric
 
 from drorae.tracking import MlflowTracker, NullTracker, connect, finish_run, open_run
 from drorae.tracking.client import open_client
@@ -308,3 +309,71 @@ def test_real_client_delivers_all_points_after_an_outage(monkeypatch):
     server.go()
     assert server.points == [("loss", s, float(s)) for s in range(60)]
     assert slowest_s < 0.5
+
+
+@dataclass
+class Server(FakeClient):
+    """Tells as well what it holds; several trackers may use it."""
+
+    def get_metric_history(self, run_id, key):
+        self._request()
+        return [Metric(k, value, 0, step) for k, value, step in self.arrived if k == key]
+
+
+def rows_until(num_steps: int) -> list[dict[str, float]]:
+    rows = []
+    for step in range(num_steps):
+        rows.append({"step": step, "loss": 1 / (step + 1), "speed": 9.0})
+        if step % 2 == 0:
+            rows.append({"step": step, "eval/psnr": 20.0 + step, "best": 30.0})
+    return rows
+
+
+def test_the_next_attempt_delivers_what_waited_in_a_killed_one_and_repeats_nothing():
+    server = Server()
+    history = rows_until(8)
+    for row in [*history[:4], history[7]]:  # the others waited when the process was killed
+        values = [(name, value) for name, value in row.items() if name != "step"]
+        server.arrived += [(name, value, row["step"]) for name, value in values]
+    tracker = tracker_on(server)
+    tracker.catch_up(history[:9])  # the checkpoint is older than what arrived last
+    for row in rows_until(10)[9:]:
+        tracker.log({k: v for k, v in row.items() if k != "step"}, row["step"])
+    tracker.close()
+    expected = [(k, v, r["step"]) for r in rows_until(10) for k, v in r.items() if k != "step"]
+    assert sorted(server.arrived) == sorted(expected)
+    assert server.num_requests <= 5
+
+
+def test_a_catch_up_waits_for_an_absent_server_as_points_do():
+    server = Server(away=ConnectionError("refused"))
+    tracker = tracker_on(server)
+    tracker.catch_up(rows_until(3))
+    tracker.log({"loss": 0.1}, 3)
+    time.sleep(0.2)
+    server.away = None
+    tracker.close()
+    assert [row[2] for row in server.arrived if row[0] == "loss"] == [0, 1, 2, 3]
+
+
+def test_a_run_of_other_values_is_logged_beside_the_old_one():
+    server = Server(arrived=[("loss", 7.0, 0), ("loss", 7.0, 1)])
+    tracker = tracker_on(server)
+    tracker.catch_up([{"step": 0, "loss": 1.0}])
+    tracker.log({"loss": 2.0}, 1)
+    tracker.close()
+    assert server.arrived[2:] == [("loss", 1.0, 0), ("loss", 2.0, 1)]
+
+
+def test_a_real_client_catches_up():
+    stub = MlflowStub()
+    try:
+        for attempt in range(2):
+            tracker = MlflowTracker(stub.uri, "run", flush_every_s=0.05)
+            tracker.catch_up(rows_until(3 * attempt + 1))
+            tracker.log({"loss": 1 / (3 * attempt + 2)}, 3 * attempt + 1)
+            tracker.close()
+    finally:
+        stub.go()
+    steps = sorted(step for name, step, _ in stub.points if name == "loss")
+    assert steps == [0, 1, 2, 3, 4]

@@ -123,3 +123,18 @@ def test_a_clean_predictor_with_a_base_head_learns_with_both_losses_logged(
 def test_impossible_stages_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         dataclasses.replace(JOB, **fields)
+
+
+def test_a_resume_hands_on_the_rows_that_earlier_attempts_logged(
+    latent_batches: Callable, make_tools: Callable
+) -> None:
+    earlier: list[Any] = []
+    kept = MemoryCheckpoints(every=4)
+    for num_steps in (5, 6):
+        log = Rows()
+        tools = make_tools(kept, log=log, catch_up=earlier.append)
+        job = dataclasses.replace(JOB, num_steps=num_steps)
+        batches = latent_batches(num_steps, 6)
+        train_diffusion(job, make_model(), batches, tools, stage="diffusion", seed=0)
+    assert [[row["step"] for row in rows] for rows in earlier] == [[1, 2, 3, 4]]
+    assert [step for step, _ in log.rows] == [5, 6]

@@ -1,5 +1,6 @@
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from loop_fakes import DIM, TOKENS, MemoryCheckpoints, Rows
 from test_diffusion import JOB as DIFFUSION
 from test_diffusion import make_model
 from test_tokenizer import JOB, make_decoder, make_fusion
+from torch import distributed as dist
 from torch import nn
 
 from drorae.config import Compute
@@ -17,7 +19,7 @@ from drorae.training.diffusion import train_diffusion
 from drorae.training.jobs import TokenizerTraining
 from drorae.training.loop import LoopTools
 from drorae.training.tokenizer import TokenizerPhase, decoder_phase, fusion_phase, train_tokenizer
-from drorae.training.world import World, part_slices
+from drorae.training.world import World, part_slices, wrap_ddp
 
 COMPILED = Compute(log_every_steps=1, compile=True)
 
@@ -139,3 +141,24 @@ def test_checkpoints_of_an_older_format_are_refused(
         train_diffusion(
             DIFFUSION, make_model(), latent_batches(6, 6), make_tools(kept), stage="guide", seed=0
         )
+
+
+def test_ddp_sends_no_buffers_and_is_not_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(rank=0, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    try:
+        # Warnings are errors here.
+        assert not wrap_ddp(nn.BatchNorm1d(2), world).broadcast_buffers
+    finally:
+        dist.destroy_process_group()
+
+    class Older:
+        """As in torch 2.11."""
+
+        def __init__(self, module: nn.Module, broadcast_buffers: bool = True) -> None:
+            self.broadcast_buffers = broadcast_buffers
+
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Older)
+    assert not wrap_ddp(nn.BatchNorm1d(2), world).broadcast_buffers

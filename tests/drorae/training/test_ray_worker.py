@@ -74,6 +74,58 @@ def test_controllers_that_are_lost_again_and_again_end_the_stage(ctx, monkeypatc
         train_on_ray(ctx, lambda *a, **k: StageResult(files=[]), {})
 
 
+def saved(ctx, step):
+    ray_worker.files.write_json(f"{ctx.work_uri}/checkpoints/step-{step:08d}.json", {})
+
+
+@pytest.mark.parametrize("error", [RayActorError, RuntimeError])
+def test_failures_after_which_training_advanced_are_forgotten(ctx, monkeypatch, error):
+    starts = []
+
+    def fit(ctx, train, sections, number):
+        starts.append(number)
+        if number == 10:
+            ray_worker.files.write_json(
+                ray_worker._result_uri(ctx), {"files": [], "metrics": {"loss": 1.0}}
+            )
+            return
+        saved(ctx, 5 * number)
+        raise error("lost")
+
+    monkeypatch.setattr(ray_worker, "_fit", fit)
+    train_on_ray(ctx, lambda *a, **k: StageResult(files=[]), {})
+    assert starts == list(range(11))
+
+
+def test_failures_without_a_new_checkpoint_end_the_stage(ctx, monkeypatch):
+    starts = []
+
+    def fit(ctx, train, sections, number):
+        starts.append(number)
+        saved(ctx, min(number, 2))
+        raise RuntimeError("lost")
+
+    monkeypatch.setattr(ray_worker, "_fit", fit)
+    with pytest.raises(RuntimeError, match="lost"):
+        train_on_ray(ctx, lambda *a, **k: StageResult(files=[]), {})
+    assert starts == [0, 1, 2, 3]
+
+
+def test_without_restarts_the_first_failure_ends_the_stage(ctx, monkeypatch):
+    starts = []
+
+    def fit(ctx, train, sections, number):
+        starts.append(number)
+        saved(ctx, number)
+        raise RuntimeError("lost")
+
+    monkeypatch.setattr(ray_worker, "_fit", fit)
+    none = replace(ctx, compute=Compute(max_failures=0))
+    with pytest.raises(RuntimeError, match="lost"):
+        train_on_ray(none, lambda *a, **k: StageResult(files=[]), {})
+    assert starts == [0]
+
+
 def test_a_system_error_is_the_cause_of_what_is_raised(ctx, monkeypatch):
     failure = Failure(
         rank=0, type="RuntimeError", message="no space left", trace="", errno=28, lost_others=False

@@ -1,19 +1,29 @@
 """A loop that stands still, one that is only slow, and who is named."""
 
+import itertools
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
-from drorae.config import to_json
-from drorae.store import files
+from drorae.config import Compute, to_json
+from drorae.store import files, patience
 from drorae.training import watchdog
-from drorae.training.watchdog import RankReport, Watchdog, read_reports, report_uri, watched
+from drorae.training.watchdog import (
+    RankReport,
+    Watchdog,
+    read_reports,
+    report_uri,
+    unhurried,
+    watched,
+)
 
 TIMEOUT_S = 0.3
+LONG_S = 1.0
 
 
 @pytest.fixture
@@ -27,7 +37,7 @@ def hangs(monkeypatch):
 
 def guard(folder, hangs, world_size: int = 1) -> Watchdog:
     note = lambda rank, message: hangs.append((rank, message))  # noqa: E731
-    return Watchdog(str(folder), 0, world_size, TIMEOUT_S, note)
+    return Watchdog(str(folder), 0, world_size, TIMEOUT_S, LONG_S, note)
 
 
 def batches(pauses_s: list[float]) -> Iterator[int]:
@@ -90,7 +100,7 @@ def test_of_two_live_ranks_the_one_with_fewer_batches_is_named(tmp_path, hangs):
             number += 1
             other(tmp_path, batches=1, number=number)
 
-    thread = threading.Thread(target=report)
+    thread = threading.Thread(target=report, daemon=True)
     thread.start()
     with guard(tmp_path, hangs, world_size=2):
         list(watched(lambda start: batches([0, 0, 0, 1.5]))(0))
@@ -106,11 +116,79 @@ def test_a_store_that_is_away_does_not_disturb_the_loop(tmp_path, hangs, monkeyp
 
     monkeypatch.setattr(watchdog.files, "write_json", away)
     monkeypatch.setattr(watchdog.files, "read_json", away)
+    monkeypatch.setattr(watchdog.patience, "PATIENCE_S", 0.8)
     with guard(tmp_path, hangs):
-        list(watched(lambda start: batches([0.1] * 4))(0))
+        list(watched(lambda start: batches([0.01] * 4))(0))
+        list(watched(lambda start: batches([0, 0, 0.8]))(0))
         assert not hangs
-        list(watched(lambda start: batches([0, 0, 1.5]))(0))
+        list(watched(lambda start: batches([0, 0, 2.5]))(0))
     assert hangs[0][0] == 0
+
+
+def test_a_read_that_waits_for_an_absent_store_is_no_hang(tmp_path, hangs, monkeypatch):
+    def read(pause_s: float) -> Iterator[int]:
+        back_s = time.monotonic() + pause_s
+
+        def request() -> int:
+            if time.monotonic() < back_s:
+                raise TimeoutError
+            return 2
+
+        yield from (0, 1, patience.patiently(request))
+
+    monkeypatch.setattr(watchdog.patience, "PATIENCE_S", 1.0)
+    with guard(tmp_path, hangs):
+        list(watched(lambda start: read(0.9))(0))
+    assert not hangs
+
+
+def test_slow_steps_raise_the_limit_and_a_single_slow_one_does_not(tmp_path, hangs):
+    with guard(tmp_path, hangs):
+        list(watched(lambda start: batches([0, 0, 0, 0, 0, 0, 0.25, 0, 0]))(0))
+        assert not hangs
+        list(watched(lambda start: batches([0, 0, 0, 1.0]))(0))
+    assert len(hangs) >= 1
+    hangs.clear()
+    with guard(tmp_path, hangs):
+        list(watched(lambda start: batches([0.1] * 8 + [1.2]))(0))
+    assert not hangs
+
+
+@pytest.mark.parametrize(("pause_s", "found"), [(0.8, False), (2.0, True)])
+def test_what_is_announced_may_take_longer_but_not_for_ever(tmp_path, hangs, pause_s, found):
+    with guard(tmp_path, hangs):
+        for number in watched(lambda start: batches([0] * 4))(0):
+            if number == 2:
+                with unhurried("evaluation"):
+                    time.sleep(pause_s)
+    assert bool(hangs) is found
+
+
+def test_a_rank_waits_for_another_that_is_at_work_and_for_its_step_after_that(
+    tmp_path, hangs, monkeypatch
+):
+    numbers = itertools.count()
+
+    def reports(busy: str) -> dict[int, RankReport]:
+        where = RankReport(rank=1, host="h", pid=7, batches=2, number=next(numbers), where="a.py:1")
+        return {1: replace(where, busy=busy)}
+
+    waiting = guard(tmp_path, hangs, world_size=2)
+    waiting._batches, waiting._last_s = 2, time.monotonic() - 10
+    monkeypatch.setattr(watchdog, "read_reports", lambda folder, size: reports("evaluation"))
+    assert waiting._explain() is None
+    assert waiting._late_s() <= 0
+    monkeypatch.setattr(watchdog, "read_reports", lambda folder, size: reports(""))
+    assert waiting._explain() is None
+    time.sleep(2 * TIMEOUT_S)
+    assert waiting._explain() is not None
+
+
+def test_by_default_a_hang_is_found_within_two_minutes(tmp_path):
+    compute = Compute()
+    limits_s = compute.hang_timeout_s, compute.collective_timeout_s
+    every_s = Watchdog(str(tmp_path), 0, 1, *limits_s, lambda rank, message: None).every_s
+    assert compute.hang_timeout_s + 2.2 * every_s < 115
 
 
 def test_batches_without_a_watchdog_stay_as_they_are():
@@ -133,7 +211,7 @@ def test_the_process_really_ends(tmp_path):
         "from drorae.training import watchdog\n"
         "watchdog.REPORT_EVERY_S = (0.05, 0.05)\n"
         "note = lambda rank, message: print(rank, message)\n"
-        f"with watchdog.Watchdog({str(tmp_path)!r}, 0, 1, 0.3, note):\n"
+        f"with watchdog.Watchdog({str(tmp_path)!r}, 0, 1, 0.3, 1.0, note):\n"
         "    for _ in watchdog.watched(lambda start: iter([1, 2, 3]))(0):\n"
         "        time.sleep(0 if _ == 1 else 60)\n"
     )
