@@ -4,22 +4,22 @@ RAE's own loader is not strict and reports missing keys only in the log, so that
 checkpoint silently gives a random decoder. Here the layout is recognised, the size is read from the
 tensors, and any missing, extra or misshapen tensor is an error. Five layouts: a flat decoder; one
 under RAE's `decoder.` prefix; a training checkpoint with `ema` and `model`; any of these with
-`module.` or `_orig_mod.` from DDP and compile; any of these as safetensors. Pickles are read with
-weights only.
+`module.` or `_orig_mod.` from DDP and compile; any of these as safetensors. Opening the file is in
+`drorae.models.weights_file`.
 """
 
 import math
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from drorae.models.decoder import Decoder, DecoderConfig
 from drorae.models.encoder import IMAGENET_MEAN, IMAGENET_STD
+from drorae.models.weights_file import Container, read_mapping, read_weights
 from drorae.shapes import Float, Tensor
 
 __all__ = [
@@ -32,17 +32,23 @@ __all__ = [
     "save_latent_stats",
 ]
 
-WRAPPER_NAMES = frozenset({"module", "_orig_mod"})  # DistributedDataParallel, torch.compile
 DECODER_PREFIX = "decoder."
 # Shapes do not tell the number of heads. RAE's three sizes (arXiv:2510.11690, decoder configs).
 HEADS_BY_WIDTH = {768: 12, 1024: 16, 1152: 16}
+NUM_AXES = {
+    "decoder_embed.weight": 2,
+    "decoder_pos_embed": 3,
+    "decoder_pred.weight": 2,
+    "decoder_layers.0.intermediate.dense.weight": 2,
+}
+"""Tensors whose shapes tell the sizes, and their numbers of axes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportReport:
     """What was found in a file."""
 
-    container: Literal["safetensors", "pickle"]
+    container: Container
     """File format."""
     weights: Literal["ema", "model", "plain"]
     """Which weights of a training checkpoint were taken; plain where there is no choice."""
@@ -86,76 +92,25 @@ def import_decoder(
 
     Raises:
         FileNotFoundError: If the file is missing.
-        ValueError: If it is no decoder, or any tensor is missing, extra or misshapen.
+        ValueError: If it cannot be read or is no decoder, or any tensor is missing, extra,
+            misshapen or not finite.
     """
     path = Path(path)
-    content, container = _read(path)
-    tensors, weights = _choose_weights(content, prefer, path)
-    tensors, wrappers = _strip_wrappers(tensors, path)
-    state, ignored, prefixed = _select_decoder(tensors, path)
+    found = read_weights(path, prefer)
+    state, ignored, prefixed = _select_decoder(found.tensors, path)
     config = replace(_infer_config(state, heads, path), image_mean=image_mean, image_std=image_std)
     _check_complete(state, config, path)
     return ImportedDecoder(
         config=config,
         state={key: value.float().contiguous() for key, value in state.items()},
         report=ImportReport(
-            container=container,
-            weights=weights,
+            container=found.container,
+            weights=found.weights,
             rae_prefix=prefixed,
-            wrappers=wrappers,
+            wrappers=found.wrappers,
             ignored=ignored,
         ),
     )
-
-
-def _read(path: Path) -> tuple[Mapping[str, Any], Literal["safetensors", "pickle"]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file: expected decoder weights; check the path.")
-    if path.suffix == ".safetensors":
-        return load_file(path), "safetensors"
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds objects other than tensors, or is no torch file: expected weights only; "
-            "extract the state dict where the file was made."
-        ) from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}: expected a dict of tensors.")
-    return content, "pickle"
-
-
-def _choose_weights(
-    content: Mapping[str, Any], prefer: Literal["ema", "model"], path: Path
-) -> tuple[Mapping[str, Any], Literal["ema", "model", "plain"]]:
-    """Take EMA or online weights of a training checkpoint; a state dict is taken as it is."""
-    other: Literal["ema", "model"] = "model" if prefer == "ema" else "ema"
-    for name in (prefer, other):
-        if isinstance(content.get(name), Mapping):
-            return content[name], name
-    if not any(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(
-            f"{path} holds no tensors under {sorted(content)[:8]}: expected a state dict or a "
-            "checkpoint with `ema` or `model`."
-        )
-    return content, "plain"
-
-
-def _strip_wrappers(
-    tensors: Mapping[str, Any], path: Path
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Drop the name parts that DDP and compile add, wherever they stand."""
-    found: set[str] = set()
-    stripped: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"{path}: {key} is a {type(value).__name__}, expected a tensor; pass a state dict."
-            )
-        parts = key.split(".")
-        found.update(WRAPPER_NAMES.intersection(parts))
-        stripped[".".join(part for part in parts if part not in WRAPPER_NAMES)] = value
-    return stripped, tuple(sorted(found))
 
 
 def _select_decoder(
@@ -180,29 +135,31 @@ def _select_decoder(
 
 def _infer_config(state: dict[str, Tensor], heads: int | None, path: Path) -> DecoderConfig:
     """Sizes from tensor shapes; only the number of heads needs knowledge."""
-    needed = (
-        "decoder_pos_embed",
-        "decoder_pred.weight",
-        "decoder_layers.0.intermediate.dense.weight",
-    )
-    absent = [key for key in needed if key not in state]
+    absent = [key for key in NUM_AXES if key not in state]
     if absent:
         raise ValueError(f"{path} lacks {absent}: expected a complete RAE decoder; fetch it again.")
+    for key, num_axes in NUM_AXES.items():
+        if state[key].ndim != num_axes or not state[key].numel():
+            raise ValueError(
+                f"{path}: {key} has shape {tuple(state[key].shape)}, expected {num_axes} axes "
+                "without an empty one, as RAE's decoders have; fetch or extract it again."
+            )
     width, channels = state["decoder_embed.weight"].shape
     num_heads = heads if heads is not None else HEADS_BY_WIDTH.get(width)
     if num_heads is None:
         raise ValueError(
             f"{path} has width {width}, whose number of heads the shapes do not tell: pass `heads`."
         )
-    indices = {int(k.split(".")[1]) for k in state if k.startswith("decoder_layers.")}
+    # Counted, not the largest: one stray key must not ask for a million layers.
+    indices = {key.split(".")[1] for key in state if key.startswith("decoder_layers.")}
     return DecoderConfig(
         latent_channels=channels,
         width=width,
-        layers=max(indices) + 1,
+        layers=len(indices),
         heads=num_heads,
         mlp_hidden=state["decoder_layers.0.intermediate.dense.weight"].shape[0],
-        grid=math.isqrt(state["decoder_pos_embed"].shape[1] - 1),
-        patch_px=math.isqrt(state["decoder_pred.weight"].shape[0] // 3),
+        grid=max(math.isqrt(state["decoder_pos_embed"].shape[1] - 1), 1),
+        patch_px=max(math.isqrt(state["decoder_pred.weight"].shape[0] // 3), 1),
         qkv_bias=any(key.endswith("attention.attention.query.bias") for key in state),
     )
 
@@ -213,6 +170,12 @@ def _check_complete(state: dict[str, Tensor], config: DecoderConfig, path: Path)
         expected = Decoder(config).state_dict()
     what = f"RAE decoder of {config.layers} layers, width {config.width}"
     check_tensors(state, expected, f"{path} is no complete {what}")
+    poisoned = [key for key, value in state.items() if not value.isfinite().all()]
+    if poisoned:
+        raise ValueError(
+            f"{path}: {len(poisoned)} tensors hold values that are not finite (first: "
+            f"{poisoned[0]}): expected trained weights; fetch it again or take an earlier one."
+        )
 
 
 def check_tensors(
@@ -258,17 +221,21 @@ def load_latent_stats(path: str | Path) -> LatentStats:
 
     Raises:
         FileNotFoundError: If the file is missing.
-        ValueError: If it holds neither, shapes differ or are not [C, H, W], or a variance is
-            negative.
+        ValueError: If it cannot be read, holds neither, shapes differ or are not [C, H, W] (a
+            leading axis of one is dropped), or a variance is negative.
     """
     path = Path(path)
-    content, _ = _read(path)
-    found = {k: content[k].float() for k in ("mean", "var") if isinstance(content.get(k), Tensor)}
+    content, _ = read_mapping(path)
+    found = {key: content[key] for key in ("mean", "var") if content.get(key) is not None}
     if not found:
         raise ValueError(f"{path} has the keys {sorted(content)[:4]}: expected `mean` and `var`.")
-    like = next(iter(found.values()))
-    mean = found.get("mean", torch.zeros_like(like))
-    var = found.get("var", torch.ones_like(like))
+    for key, value in found.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path}: {key} is a {type(value).__name__}, expected a tensor.")
+    values = {key: _without_batch(value.float()) for key, value in found.items()}
+    like = next(iter(values.values()))
+    mean = values.get("mean", torch.zeros_like(like))
+    var = values.get("var", torch.ones_like(like))
     if mean.shape != var.shape or mean.ndim != 3:
         raise ValueError(
             f"{path}: mean {tuple(mean.shape)} and var {tuple(var.shape)}, expected one shape "
@@ -277,6 +244,11 @@ def load_latent_stats(path: str | Path) -> LatentStats:
     if not (torch.isfinite(mean).all() and (var >= 0).all()):
         raise ValueError(f"{path}: expected finite means and variances of 0 or more; recompute it.")
     return LatentStats(mean=mean, var=var)
+
+
+def _without_batch(value: Tensor) -> Tensor:
+    """[1, C, H, W], which RAE's code takes as well, as [C, H, W]."""
+    return value[0] if value.ndim == 4 and len(value) == 1 else value
 
 
 def save_latent_stats(stats: LatentStats, path: str | Path) -> None:

@@ -2,17 +2,25 @@
 
 DiT: the constructor fields of the RAE reference (rae's DiTwDDTHead and LightningDiT). Decoder: our
 own names, those of RAE's constructor, or a `vit_mae` config.json of transformers. A key that is not
-known is an error, because it may change the result; only keys that cannot are passed over.
+known is an error, because it may change the result; only keys that cannot are passed over. Who
+compares results afterwards may leave out what `unknown_dit_keys` and `unknown_decoder_keys` name.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from drorae.config import from_json
 from drorae.models.dit_config import DiTConfig
 
-__all__ = ["read_decoder_fields", "read_dit_config"]
+__all__ = [
+    "read_decoder_fields",
+    "read_dit_config",
+    "unknown_decoder_keys",
+    "unknown_dit_keys",
+    "without_keys",
+]
 
 # LightningDiT's own: the Fourier time embedding is the only one there is, and the second half of
 # the outputs that learn_sigma adds is thrown away.
@@ -74,7 +82,7 @@ def read_dit_config(fields: Any, path: str = "model") -> DiTConfig:
     if not isinstance(fields, Mapping):
         raise ValueError(f"{path}={fields!r} is no configuration: expected constructor fields.")
     known = {k: _whole(v) if k in DIT_WHOLE else v for k, v in fields.items()}
-    if isinstance(fields.get("hidden_size", [0, 0]), list):
+    if not _is_plain(fields):
         known.setdefault("input_size", 1)  # the default of DiTwDDTHead, not the one of ours
         return from_json(DiTConfig, known, path)
     for name, allowed in PLAIN_ONLY.items():
@@ -82,6 +90,19 @@ def read_dit_config(fields: Any, path: str = "model") -> DiTConfig:
             raise ValueError(f"{path}.{name}={fields[name]!r}: expected one of {allowed}.")
     plain = {"hidden_size": 1152, "depth": 28, "num_heads": 16}
     return from_json(DiTConfig, {**plain, **known}, path)
+
+
+def unknown_dit_keys(fields: Any) -> list[str]:
+    """Keys that `read_dit_config` refuses, sorted."""
+    if not isinstance(fields, Mapping):
+        return []
+    names = {field.name for field in dataclasses.fields(DiTConfig)}
+    return sorted(fields.keys() - names - (PLAIN_ONLY.keys() if _is_plain(fields) else set()))
+
+
+def _is_plain(fields: Mapping[str, Any]) -> bool:
+    """Whether these are fields of LightningDiT, which has no head."""
+    return not isinstance(fields.get("hidden_size", [0, 0]), list)
 
 
 def read_decoder_fields(content: Mapping[str, Any], path: str = "decoder") -> dict[str, Any]:
@@ -111,11 +132,39 @@ def read_decoder_fields(content: Mapping[str, Any], path: str = "decoder") -> di
             found[ours] = _whole(value) if ours in DECODER_WHOLE else value
     if "num_patches" in flat:
         found.setdefault("grid", math.isqrt(int(flat.pop("num_patches"))))
-    unknown = sorted(flat.keys() - DECODER_UNUSED)
+    unknown = unknown_decoder_keys(flat, path)
     if unknown:
-        known = sorted(name for names in DECODER_NAMES.values() for name in names)
+        known = sorted(_decoder_names())
         raise ValueError(f"{path}: unknown key {unknown[0]!r}; expected some of {known}.")
     return found
+
+
+def unknown_decoder_keys(content: Mapping[str, Any], path: str = "decoder") -> list[str]:
+    """Keys that `read_decoder_fields` refuses, sorted; those inside a wrapping name by themselves.
+
+    Raises:
+        ValueError: If a key stands twice.
+    """
+    known = _decoder_names() | DECODER_UNUSED | {"num_channels", "num_patches"}
+    return sorted(_flatten(content, path).keys() - known)
+
+
+def without_keys(content: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """The content without some keys, also inside the names that `read_decoder_fields` looks into.
+
+    Args:
+        content: Parsed JSON.
+        keys: What to leave out.
+    """
+    return {
+        name: without_keys(value, keys) if isinstance(value, Mapping) else value
+        for name, value in content.items()
+        if name not in keys
+    }
+
+
+def _decoder_names() -> set[str]:
+    return {name for names in DECODER_NAMES.values() for name in names}
 
 
 def _flatten(content: Mapping[str, Any], path: str) -> dict[str, Any]:

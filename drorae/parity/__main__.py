@@ -3,10 +3,11 @@
     python -m drorae.parity DIR
 
 DIR holds configurations, weights, inputs and expected outputs of any sizes (layout:
-tests/golden/README.md). One line a check: `name max_abs_err tolerance ok|FAIL reason`. A check
-whose files or expected tensor are absent is skipped, with a line; one that cannot be computed
-fails, with the reason. Everything runs on the CPU in float32, as the reference did. Exit status: 0
-all ok, 1 a failure, 2 nothing could be checked.
+tests/golden/README.md; weights may be `.pt` files as well). One line a check: `name max_abs_err
+tolerance ok|FAIL reason`. A check whose files or expected tensor are absent is skipped, with a
+line; one that cannot be computed fails, with the reason. Unknown keys of a configuration are named
+in a line and change nothing: the tensors decide. Everything runs on the CPU in float32, as the
+reference did. Exit status: 0 all ok, 1 a failure, 2 nothing could be checked.
 """
 
 import argparse

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
+from drorae.models.weights_file import read_weights
 from drorae.shapes import Tensor
 
 __all__ = ["TOLERANCE", "Check", "Outcome", "Part", "max_abs_error", "run_checks"]
@@ -69,11 +69,14 @@ class Part:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.passed_over: dict[str, None] = {}
+        """Unknown keys of the configuration file, in the order found. They change no verdict: what
+        they might change shows in the tensors."""
 
     @cached_property
     def io(self) -> dict[str, Tensor]:
         """Inputs and expected outputs."""
-        return load_file(self.folder / self.io_file)
+        return read_weights(self.folder / self.io_file).tensors
 
     @cached_property
     def content(self) -> Mapping[str, Any]:
@@ -85,6 +88,12 @@ class Part:
         if not isinstance(content, Mapping):
             raise ValueError(f"{self.config_file} holds no fields: expected a JSON object.")
         return content
+
+    def path(self, file: str) -> Path:
+        """Where a file lies: weights may also be a `.pt` file of the same name."""
+        path = self.folder / file
+        pickled = path.with_suffix(".pt")
+        return path if _is_there(path) or not _is_there(pickled) else pickled
 
     def read(self, name: str) -> Tensor:
         """An input in the type that the networks take.
@@ -98,10 +107,12 @@ class Part:
 
 
 def run_checks(part: Part) -> Iterator[Outcome]:
-    """Run every check that the files allow, and name the tensors that no check reads."""
+    """Run every check that the files allow, and name the tensors and keys that no check reads."""
     for name, check in part.checks.items():
         yield _run(part, name, check)
     yield from _unchecked(part)
+    for key in part.passed_over:
+        yield Outcome(name=key, status="skipped", reason=f"unknown key of {part.config_file}")
 
 
 def max_abs_error(found: Tensor, expected: Tensor) -> float:
@@ -119,10 +130,14 @@ def max_abs_error(found: Tensor, expected: Tensor) -> float:
 
 
 def _run(part: Part, name: str, check: Check) -> Outcome:
-    for file in (part.config_file, part.io_file, *check.files):
-        if not (part.folder / file).is_file():
+    files = (part.config_file, part.io_file, *check.files)
+    for file in files:
+        if not _is_there(part.path(file)):
             return Outcome(name=name, status="skipped", reason=f"{file} is missing")
     try:
+        for file in files:
+            if not part.path(file).is_file():
+                raise ValueError(f"{file} is no file: expected one, or nothing of that name")
         if name not in part.io:
             reason = f"{part.io_file} holds no {name}"
             return Outcome(name=name, status="skipped", reason=reason)
@@ -139,6 +154,10 @@ def _run(part: Part, name: str, check: Check) -> Outcome:
         tolerance=check.tolerance,
         reason="values are not finite" if math.isnan(error) else "",
     )
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()  # a link to nothing is no absent file
 
 
 def _unchecked(part: Part) -> Iterator[Outcome]:

@@ -23,6 +23,12 @@ DIT_NAMES = (
     *("sample_unguided", "sample_cfg", "sample_autoguidance"),
 )
 DECODER_NAMES = ("image_from_tokens", "image_from_normalised_latent")
+ALL_NAMES = {*DIT_NAMES, *DECODER_NAMES}
+FILES = (
+    *("dit_dh.json", "dit_dh.safetensors", "dit_dh_weak.safetensors", "dit_dh_io.safetensors"),
+    *("rae_decoder.json", "rae_decoder.safetensors", "rae_decoder_io.safetensors"),
+    "latent_stats.pt",
+)
 SETTINGS = {
     "num_grid_points": 5,
     "time_shift": 2.5,
@@ -75,17 +81,23 @@ def random_state(module, seed=0):
     return state
 
 
-def make_dit(folder, model=None, weak=None, batch=3, learn_sigma=False, **settings):
+def make_dit(
+    folder, model=None, weak=None, batch=3, learn_sigma=False, dtype=torch.float32, **settings
+):
     model = DIT | (model or {}) if model is None or "depth" not in model else model
     content = {"model": model, **SETTINGS, **settings}
-    state = random_state(DiT(read_dit_config(model)))
+    state = rounded(random_state(DiT(read_dit_config(model))), dtype)
     if learn_sigma:
         state |= with_sigma(state, model)
     weak_state = None
     if weak is not None:
         content["weak_model"] = weak
-        weak_state = random_state(DiT(read_dit_config(weak)), seed=1)
+        weak_state = rounded(random_state(DiT(read_dit_config(weak)), seed=1), dtype)
     plain_reference.write_dit(folder, content, state, weak_state, batch)
+
+
+def rounded(state, dtype):
+    return {key: value.to(dtype).float() for key, value in state.items()}
 
 
 def with_sigma(state, model):
@@ -240,6 +252,7 @@ HF_CHANGES = {
         {"changes": {"hidden_act": "relu", "heads": 8, "grid": 2, "patch_px": 5}},
         {"stats": {"mean": torch.randn(6, 3, 3)}},
         {"stats": {"var": torch.rand(6, 3, 3) + 0.5}},
+        {"stats": {"mean": torch.randn(1, 6, 3, 3), "var": torch.rand(1, 6, 3, 3)}},
         {"changes": HF_CHANGES, "shown": HF_DECODER},
         {"changes": HF_CHANGES, "shown": {"decoder": HF_DECODER}},
         {"changes": {"latent_channels": 7, "width": 1152, "heads": 16, "layers": 1}},
@@ -325,14 +338,19 @@ def test_weights_that_do_not_fit_the_configuration_are_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("file", "change", "name", "message"),
     [
-        ("dit_dh.json", lambda c: c["model"].update(use_moe=True), "velocity", "use_moe"),
         ("dit_dh.json", lambda c: c["model"].update(wo_shift=True), "velocity", "wo_shift"),
-        ("dit_dh.json", lambda c: c.update(solver="rk4"), "time_grid", "'solver'"),
+        ("dit_dh.json", lambda c: c.update(guidance_interval=["a", 1]), "sample_cfg", "'a'"),
+        ("dit_dh.json", lambda c: c["model"].update(num_classes=10**12), "loss", "instead of (10"),
+        (
+            "dit_dh.json",
+            lambda c: c["model"].update(class_dropout_prob=0, num_classes=11),
+            "sample_cfg",
+            "no null class",
+        ),
         ("dit_dh.json", lambda c: c.pop("guidance_scale"), "sample_cfg", "guidance_scale=None"),
         ("dit_dh.json", lambda c: c.update(guidance_interval=0.5), "sample_cfg", "0.5"),
         ("dit_dh.json", lambda c: c.pop("model"), "velocity", "lacks 'model'"),
         ("dit_dh.json", lambda c: c.update(model=3), "velocity", "expected constructor fields"),
-        ("rae_decoder.json", lambda c: c.update(rope=1), "image_from_tokens", "'rope'"),
         ("rae_decoder.json", lambda c: c.update(hidden_act="x"), "image_from_tokens", "'x'"),
         ("rae_decoder.json", lambda c: c.update(num_channels=1), "image_from_tokens", "expected 3"),
         ("rae_decoder.json", lambda c: c.update(eps=1), "image_from_tokens", "disagree"),
@@ -345,13 +363,93 @@ def test_unknown_or_wrong_configuration_is_named(file, change, name, message, tm
     assert message in failures(folder, capsys)[name]
 
 
-@pytest.mark.parametrize(
-    "file", ["dit_dh.json", "dit_dh.safetensors", "dit_dh_io.safetensors", "latent_stats.pt"]
-)
-def test_a_file_that_cannot_be_read_fails(file, tmp_path, capsys):
+def test_unknown_keys_are_reported_and_the_tensors_decide(tmp_path, capsys):
     folder = copy_golden(tmp_path)
-    (folder / file).write_bytes(b"{ no such format")
-    assert failures(folder, capsys)
+    edit_json(folder / "dit_dh.json", lambda c: c.update(solver="rk4"))
+    edit_json(folder / "dit_dh.json", lambda c: c["model"].update(use_moe=True))
+    edit_json(folder / "rae_decoder.json", lambda c: c.update(rope=1))
+    status, lines = run(folder, capsys)
+    assert status == 0, lines
+    assert lines["solver"] == "solver skipped: unknown key of dit_dh.json"
+    assert lines["model.use_moe"] == "model.use_moe skipped: unknown key of dit_dh.json"
+    assert lines["rope"] == "rope skipped: unknown key of rae_decoder.json"
+    assert {name for name, line in lines.items() if line.endswith(" ok")} == ALL_NAMES
+    edit_tensors(folder / "dit_dh_io.safetensors", sample_cfg=lambda v: v + 1e-3)
+    assert set(failures(folder, capsys)) == {"sample_cfg"}
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_an_end_of_the_interval_written_with_fewer_digits_is_still_in_it(end, tmp_path, capsys):
+    # The reference compares in float32, where several decimals are one number.
+    make_dit(tmp_path)
+    time = load_file(tmp_path / "dit_dh_io.safetensors")["time_grid"][1]
+    exact, written = [0.0, 1.0], [0.0, 1.0]
+    exact[end], written[end] = time.item(), above_and_below(time)[end]
+    make_dit(tmp_path, DIT, DIT | {"depth": [1, 1]}, guidance_interval=exact)
+    edit_json(tmp_path / "dit_dh.json", lambda c: c.update(guidance_interval=written))
+    status, lines = run(tmp_path, capsys)
+    assert status == 0, lines
+
+
+def above_and_below(time):
+    """Two numbers that float32 rounds to the time."""
+    found = time.item() + 1e-8, time.item() - 1e-8
+    assert all(torch.tensor(value) == time and value != time.item() for value in found)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_may_be_pickles_and_of_half_precision(dtype, tmp_path, capsys):
+    make_dit(tmp_path, DIT, DIT | {"depth": [1, 1]}, dtype=dtype)
+    for name in ("dit_dh", "dit_dh_weak"):
+        file = tmp_path / f"{name}.safetensors"
+        weights = {key: value.to(dtype) for key, value in load_file(file).items()}
+        torch.save(weights, file.with_suffix(".pt"))
+        file.unlink()
+    status, lines = run(tmp_path, capsys)
+    assert status == 0, lines
+    assert {name for name in DIT_NAMES if lines[name].endswith(" ok")} == set(DIT_NAMES)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_that_cannot_be_read_fails_and_is_named(file, tmp_path, capsys):
+    folder = copy_golden(tmp_path)
+    whole = (folder / file).read_bytes()
+    for content in (b"", b"{ no such format", whole[: len(whole) // 2], whole[:-1]):
+        (folder / file).write_bytes(content)
+        found = failures(folder, capsys)
+        assert all(file in line and len(line) < 400 for line in found.values()), found
+
+
+@pytest.mark.parametrize("kind", ["folder", "link to nothing"])
+@pytest.mark.parametrize("file", FILES)
+def test_what_stands_in_place_of_a_file_is_no_missing_file(file, kind, tmp_path, capsys):
+    folder = copy_golden(tmp_path)
+    (folder / file).unlink()
+    if kind == "folder":
+        (folder / file).mkdir()
+    else:
+        (folder / file).symlink_to(folder / "nothing")
+    found = failures(folder, capsys)
+    assert all(f"{file} is no file" in line for line in found.values()), found
+
+
+def test_labels_without_a_class_and_statistics_of_another_grid_are_named(tmp_path, capsys):
+    folder = copy_golden(tmp_path)
+    edit_tensors(
+        folder / "dit_dh_io.safetensors",
+        y=lambda v: v + 1,
+        labels=lambda v: v - 9,
+        loss=lambda v: v.expand(2),
+    )
+    stats = torch.load(folder / "latent_stats.pt")
+    torch.save({k: v[:, :3, :3] for k, v in stats.items()}, folder / "latent_stats.pt")
+    found = failures(folder, capsys)
+    assert "y=[1, 10, 11]; expected 0 to 10" in found["velocity"]
+    assert "labels=[-8, -7, -6]; expected 0 to 10" in found["sample_cfg"]
+    assert "(24, 3, 3)" in found["image_from_normalised_latent"]
+    edit_tensors(folder / "dit_dh_io.safetensors", labels=lambda v: v + 9)
+    assert "computed shape (1,), expected (2,)" in failures(folder, capsys)["loss"]
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,50 @@ def test_files_that_hold_no_decoder_are_named(tmp_path):
         import_decoder(tmp_path / "absent.pt")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder_pos_embed": torch.ones(16)}, "decoder_pos_embed has shape .16,., expected 3"),
+        ({"decoder_embed.weight": torch.tensor(1.0)}, "decoder_embed.weight has shape .., exp"),
+        ({"decoder_pred.weight": torch.ones(0, 16)}, "decoder_pred.weight has shape .0, 16."),
+        ({"decoder_pos_embed": torch.ones(1, 1, 16)}, r"decoder_pos_embed \(1, 1, 16\) instead"),
+        ({"decoder_layers.99999999.output.dense.bias": torch.ones(16)}, "1 unexpected"),
+        ({"decoder_layers.x.output.dense.bias": torch.ones(16)}, "1 unexpected"),
+        ({"module.decoder_norm.bias": torch.ones(16)}, "decoder_norm.bias twice"),
+        ({"decoder_norm.bias": torch.full((16,), torch.nan)}, "not finite .first: decoder_norm"),
+        ({3: torch.ones(1)}, "the key 3"),
+    ],
+)
+def test_odd_tensors_are_named_with_the_file(changes, message, tmp_path):
+    torch.save({**make_state(), **changes}, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=f"odd.pt.*{message}"):
+        import_decoder(tmp_path / "odd.pt", heads=2)
+
+
+@pytest.mark.parametrize("name", ["file.pt", "file.safetensors"])
+def test_a_damaged_file_is_one_error_that_names_it(name, tmp_path):
+    path = tmp_path / name
+    save_file(make_state(), path) if name.endswith("s") else torch.save(make_state(), path)
+    whole = path.read_bytes()
+    pieces = (b"", b"h", whole[:8], whole[:100], whole[: len(whole) // 2], whole[:-1])
+    for content in (*pieces, b"<html>404 not found</html>", b"hello world", b"{}", b"PK"):
+        path.write_bytes(content)
+        for read in (lambda p: import_decoder(p, heads=2), load_latent_stats):
+            with pytest.raises(ValueError, match=f"{name}.*expected") as caught:
+                read(path)
+            assert len(str(caught.value)) < len(str(path)) + 330
+
+
+def test_the_content_tells_the_format_not_the_name(tmp_path):
+    state = make_state()
+    save_file(state, tmp_path / "model.pt")
+    torch.save(state, tmp_path / "model.safetensors")
+    for name, container in (("model.pt", "safetensors"), ("model.safetensors", "pickle")):
+        imported = import_decoder(tmp_path / name, heads=2)
+        assert imported.report.container == container
+        assert all(torch.equal(imported.state[key], value) for key, value in state.items())
+
+
 def test_heads_must_be_given_for_unknown_widths(tmp_path):
     torch.save(make_state(), tmp_path / "flat.pt")
     with pytest.raises(ValueError, match="pass `heads`"):
@@ -159,12 +203,22 @@ def test_absent_statistics_mean_zero_and_one(tmp_path):
         ({"mean": torch.ones(2, 3, 3), "var": torch.ones(2, 1, 1)}, "expected one shape"),
         ({"mean": torch.ones(2), "var": torch.ones(2)}, "expected one shape"),
         ({"var": -torch.ones(2, 3, 3)}, "0 or more"),
+        ({"mean": [0.0], "var": torch.ones(2, 3, 3)}, "mean is a list"),
+        ({"mean": torch.ones(2, 2, 3, 3)}, "expected one shape"),
     ],
 )
 def test_wrong_statistics_are_named(content, message, tmp_path):
     torch.save(content, tmp_path / "stats.pt")
     with pytest.raises(ValueError, match=message):
         load_latent_stats(tmp_path / "stats.pt")
+
+
+def test_an_axis_of_one_sample_is_dropped_from_statistics(tmp_path):
+    mean, var = torch.randn(2, 3, 3), torch.rand(2, 3, 3)
+    torch.save({"mean": mean[None], "var": var[None]}, tmp_path / "stats.pt")
+    stats = load_latent_stats(tmp_path / "stats.pt")
+    assert torch.equal(stats.mean, mean)
+    assert torch.equal(stats.var, var)
 
 
 def test_statistics_are_plain_values():
