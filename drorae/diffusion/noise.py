@@ -34,13 +34,7 @@ def sample_generator(seed: int, index: int, stream: str = "noise") -> torch.Gene
     Raises:
         ValueError: If the index is out of range.
     """
-    if not 0 <= index < MAX_INDICES:
-        raise ValueError(f"index={index} is out of range: expected 0 <= index < 2^32.")
-    start = hashlib.sha256(f"{seed}/{stream}".encode()).digest()[:4]
-    mixed = _scramble((int.from_bytes(start, "little") + index) & MASK_32)
-    generator = torch.Generator()
-    generator.manual_seed(mixed)
-    return generator
+    return torch.Generator().manual_seed(_sample_seed(_stream_start(seed, stream), index))
 
 
 def sample_noise(
@@ -58,9 +52,21 @@ def sample_noise(
         ValueError: If an index is out of range.
     """
     noise = torch.empty(len(indices), *shape, dtype=torch.float32)
-    for row, index in zip(noise, indices, strict=True):
-        row.normal_(generator=sample_generator(seed, int(index), stream))
+    generator, start = torch.Generator(), _stream_start(seed, stream)
+    listed = indices.tolist() if isinstance(indices, Tensor) else indices
+    for row, index in zip(noise, listed, strict=True):
+        row.normal_(generator=generator.manual_seed(_sample_seed(start, index)))
     return noise
+
+
+def _stream_start(seed: int, stream: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{stream}".encode()).digest()[:4], "little")
+
+
+def _sample_seed(start: int, index: int) -> int:
+    if not 0 <= index < MAX_INDICES:
+        raise ValueError(f"index={index} is out of range: expected 0 <= index < 2^32.")
+    return _scramble((start + index) & MASK_32)
 
 
 def _scramble(value: int) -> int:

@@ -6,6 +6,7 @@ where the weights lie in memory favours one of them.
 On a GPU the device is waited for after every step of either, which hides nothing.
 """
 
+import functools
 import statistics
 import tempfile
 import time
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from drorae.checkpoint import TrainingCheckpoints
 from drorae.config import Compute
 from drorae.diffusion.interpolation import add_noise
+from drorae.losses.perceptual import PerceptualLoss
 from drorae.models.decoder import Decoder
 from drorae.models.decoder_config import DecoderConfig, decoder_preset
 from drorae.models.dit import DiT
@@ -33,6 +35,7 @@ from drorae.training.loop import LoopTools
 from drorae.training.tokenizer import decoder_phase, train_tokenizer
 from drorae.training.world import World
 
+ALEXNET = ((3, 64, 11), (64, 192, 5), (192, 384, 3), (384, 256, 3), (256, 256, 3))
 WARM_UP = 3  # steps that are not counted: allocation, lazy initialisation
 Step = Callable[[], None]
 
@@ -87,6 +90,7 @@ def rows(device: torch.device, sizes: str, repeats: int) -> Iterator[dict]:
     """One row for each loop."""
     yield _row("diffusion", _diffusion, device, sizes, repeats)
     yield _row("decoder", _decoder, device, sizes, repeats)
+    yield _row("decoder, L1 alone", _decoder_l1, device, sizes, repeats)
 
 
 def _row(name: str, prepare: Callable, device: torch.device, sizes: str, repeats: int) -> dict:
@@ -189,11 +193,24 @@ def _diffusion(device: torch.device, sizes: str, num_steps: int, tools: LoopTool
     return timed
 
 
-def _decoder(device: torch.device, sizes: str, num_steps: int, tools: LoopTools) -> Timed:
+def _perceptual() -> PerceptualLoss:
+    """LPIPS of AlexNet's shapes; what its weights are does not change its time."""
+    weights = {}
+    for i, (channels, width, side) in enumerate(ALEXNET):
+        spread = (channels * side**2) ** -0.5
+        weights[f"trunk.{i}.weight"] = spread * torch.randn(width, channels, side, side)
+        weights[f"trunk.{i}.bias"] = torch.zeros(width)
+        weights[f"lin.{i}.weight"] = torch.rand(1, width, 1, 1) / width
+    return PerceptualLoss(weights)
+
+
+def _decoder(
+    device: torch.device, sizes: str, num_steps: int, tools: LoopTools, *, lpips_weight: float = 1.0
+) -> Timed:
     job: TokenizerTraining = replace(
         smoke().decoder.train,
         num_steps=num_steps,
-        lpips_weight=0.0,
+        lpips_weight=lpips_weight,
         eval_every_steps=num_steps + 1,
         noise_tau=0.8,
     )
@@ -207,13 +224,16 @@ def _decoder(device: torch.device, sizes: str, num_steps: int, tools: LoopTools)
     hidden = torch.randn(job.batch_images, 1, tokens, shape.latent_channels)
     network = Decoder(shape).to(device)
     fusion = build_fusion(FusionConfig(kind="rae"), 1, shape.latent_channels).to(device)
+    lpips = _perceptual().to(device) if lpips_weight else None
 
     def loss_of() -> Tensor:
         with torch.no_grad():
             latent = fusion(hidden.to(device)).latent
         sigma = job.noise_tau * torch.rand(len(latent), 1, 1, device=device)
         recon = network(latent + sigma * torch.randn_like(latent))
-        return (recon - images.to(device)).abs().mean()
+        targets = images.to(device)
+        loss = (recon - targets).abs().mean()
+        return loss if lpips is None else loss + lpips_weight * lpips(recon, targets).mean()
 
     def make(step: int) -> Any:
         places = torch.arange(job.batch_images)
@@ -223,5 +243,8 @@ def _decoder(device: torch.device, sizes: str, num_steps: int, tools: LoopTools)
 
     timed = Timed(make, bare_step(network, loss_of, job.optim, job.ema_decay), num_steps, device)
     phase = decoder_phase("decoder", fusion, network, tools.world, tools.compute)
-    train_tokenizer(job, phase, timed, None, tools, seed=0)
+    train_tokenizer(job, phase, timed, lpips, tools, seed=0)
     return timed
+
+
+_decoder_l1 = functools.partial(_decoder, lpips_weight=0.0)
