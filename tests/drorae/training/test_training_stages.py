@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from drorae.models.random_encoder import build_random_encoder
 from drorae.store.context import StageContext, StageResult
 from drorae.store.stage_run import run_once
 from drorae.store.workspace import StageOutput, Workspace
-from drorae.training import stages
+from drorae.training import stages, watchdog
 from drorae.training.jobs import (
     AdversarialConfig,
     DecoderStage,
@@ -35,7 +36,9 @@ from drorae.training.jobs import (
     OptimConfig,
     TokenizerTraining,
 )
+from drorae.training.stages import _Tools
 from drorae.training.tokenizer import noised
+from drorae.training.watchdog import Watchdog, watched
 from drorae.training.world import World
 
 WIDTH, DEPTH, NUM_IMAGES = 32, 3, 12
@@ -242,3 +245,35 @@ def test_a_fusion_of_the_read_blocks_equals_that_of_all(kind: Any, encoder: Enco
     assert few.shape[1] == len(blocks) < DEPTH
     whole = model(images).half().float()
     torch.testing.assert_close(fusion(few).latent, fusion(whole).latent, rtol=0, atol=0)
+
+
+class SlowTracker:
+    """Waits for an absent server when it is closed."""
+
+    def close(self) -> None:
+        time.sleep(1.0)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: None
+
+
+def test_an_exception_is_not_taken_for_a_hang_while_the_tracker_closes(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "REPORT_EVERY_S", (0.05, 0.05))
+    monkeypatch.setattr(watchdog, "end_process", lambda code: None)
+    monkeypatch.setattr(stages, "connect", lambda ctx: SlowTracker())
+    hangs: list[tuple[int, str]] = []
+    told = lambda rank, message: hangs.append((rank, message))  # noqa: E731
+    ctx = StageContext(stage="fusion", key="k", output_uri=str(tmp_path / "out"))
+
+    def loop(batches: Iterator[int]) -> None:
+        for number in batches:
+            if number == 2:
+                raise ValueError("the first exception")
+
+    with (
+        Watchdog(str(tmp_path), 0, 1, 0.3, 5.0, told),
+        pytest.raises(ValueError, match="the first exception"),
+        _Tools(ctx, World()),
+    ):
+        loop(watched(lambda start: iter(range(4)))(0))
+    assert not hangs
