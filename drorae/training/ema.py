@@ -7,7 +7,7 @@ Fourier weights) by decay and adding them back lets them drift by rounding, a de
 reference implementation.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -15,23 +15,23 @@ from torch import Tensor, nn
 
 from drorae.training.parallel import local
 
-__all__ = ["averaged", "ema_init", "ema_state_dict", "ema_update"]
+__all__ = ["averaged", "ema_init", "ema_state_dict", "ema_update", "trained_parameters"]
 
 
-def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that require gradients, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def ema_init(module: nn.Module) -> dict[str, Tensor]:
     """Start the average at the current parameters (float32 copies)."""
-    return {name: p.detach().float().clone() for name, p in _trained(module).items()}
+    return {name: p.detach().float().clone() for name, p in trained_parameters(module).items()}
 
 
 @torch.no_grad()
-def ema_update(average: dict[str, Tensor], module: nn.Module, decay: float) -> None:
+def ema_update(average: dict[str, Tensor], parameters: Mapping[str, Tensor], decay: float) -> None:
     """Average <- decay * average + (1 - decay) * parameter, in place, one fused call."""
-    parameters = _trained(module)
-    current = [local(parameters[name].detach()).float() for name in average]
+    current = [local(parameters[name]).float() for name in average]
     averages = [local(value) for value in average.values()]
     # torch 2.15 has no public name for the fused form.
     torch._foreach_lerp_(averages, current, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
@@ -49,7 +49,7 @@ def averaged(average: dict[str, Tensor], module: nn.Module) -> Iterator[nn.Modul
     Swapping values inside the same parameters keeps compiled graphs and DDP wrappers valid, so
     what is evaluated as "EMA" is the EMA.
     """
-    parameters = _trained(module)
+    parameters = trained_parameters(module)
     online = {name: parameters[name].detach().clone() for name in average}
     try:
         _copy_into(parameters, average)

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from drorae.training.ema import ema_init, ema_update
+from drorae.training.ema import ema_init, ema_update, trained_parameters
 from drorae.training.guards import FiniteGuard
 from drorae.training.jobs import OptimConfig
 from drorae.training.loop import LoopTools, TrainReport
@@ -67,6 +67,8 @@ class TrainState:
     """The trained module as `parallel.distribute` gave it."""
     module: nn.Module
     """The same without DDP wrapper."""
+    trained: dict[str, nn.Parameter]
+    """Its parameters that are trained: looked up once, not in every step."""
     optim: OptimConfig
     """Schedule and clipping."""
     num_steps: int
@@ -120,6 +122,7 @@ def begin(
         name=name,
         wrapped=wrapped,
         module=module,
+        trained=trained_parameters(module),
         optim=optim,
         num_steps=num_steps,
         ema_decay=ema_decay,
@@ -159,11 +162,11 @@ def apply_update(
             loss = loss_of(part)
             (loss / len(parts)).backward()
         losses.append(loss.detach())
-    grad_norm = clip_gradients(state.module.parameters(), state.optim.clip_norm)
+    grad_norm = clip_gradients(state.trained.values(), state.optim.clip_norm)
     state.guard.arm(state.step, *losses, grad_norm)
     set_learning_rate(state.optimizer, learning_rate(state.optim, state.step, state.num_steps))
     state.optimizer.step()
-    ema_update(state.ema, state.module, state.ema_decay)
+    ema_update(state.ema, state.trained, state.ema_decay)
     state.step += 1
     return grad_norm
 

@@ -5,7 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from drorae.training.ema import averaged, ema_init, ema_state_dict, ema_update
+from drorae.training.ema import (
+    averaged,
+    ema_init,
+    ema_state_dict,
+    ema_update,
+    trained_parameters,
+)
 from drorae.training.guards import FiniteGuard
 from drorae.training.jobs import OptimConfig
 from drorae.training.meter import Meter
@@ -67,7 +73,7 @@ def test_ema_is_the_weighted_history_of_the_trained_parameters() -> None:
     average = ema_init(layer)
     for value in (1.0, 2.0):
         nn.init.constant_(layer.weight, value)
-        ema_update(average, layer, 0.5)
+        ema_update(average, trained_parameters(layer), 0.5)
     assert list(average) == ["weight"]
     assert float(average["weight"]) == 1.25
 
