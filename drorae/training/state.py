@@ -174,8 +174,8 @@ def apply_update(
 def seed_part(seed: int, step: int, world: World, part: int) -> None:
     """Start the global generators of CPU and device for one part of this rank's share of a step.
 
-    `torch.manual_seed` would ask every kind of device that torch knows: half a millisecond a step (measured
-    2026-11-24, two cores of an AMD EPYC).
+    `torch.manual_seed` would ask every kind of device that torch knows: half a millisecond a step,
+    measured 2026-11-24 on two cores of an AMD EPYC.
     """
     digest = hashlib.sha256(f"{seed}/global/{step}/{world.rank}/{part}".encode()).digest()
     number = int.from_bytes(digest[:8], "little", signed=True)
