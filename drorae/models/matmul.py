@@ -40,8 +40,9 @@ def batched_product(
     """
     if not _suits_onednn(left, right, left.shape[1] * right.shape[1] * right.shape[2]):
         return torch.bmm(left, right, out=out) if bias is None else torch.baddbmm(bias, left, right)
-    biases = [None] * len(left) if bias is None else [row[0] for row in bias]
-    products = [_onednn(x, w.T, b) for x, w, b in zip(left, right, biases, strict=True)]
+    lefts, rights = left.contiguous().unbind(0), right.mT.unbind(0)
+    biases = [None] * len(lefts) if bias is None else bias.squeeze(1).unbind(0)
+    products = [_onednn(x, w, b) for x, w, b in zip(lefts, rights, biases, strict=True)]
     if len(products) == 1 and out is None:
         return products[0][None]
     return torch.stack(products, out=out)

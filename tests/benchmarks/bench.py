@@ -18,6 +18,7 @@ import bench_diffusion
 import bench_fusion
 import bench_loop
 import torch
+from bench_timing import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 SECTIONS = {
@@ -34,6 +35,7 @@ SECTIONS = {
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     if options.without_onednn:
         torch.backends.mkldnn.set_flags(False)
     device = torch.device(options.device)

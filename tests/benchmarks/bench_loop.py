@@ -24,18 +24,19 @@ from drorae.config import Compute
 from drorae.diffusion.interpolation import add_noise
 from drorae.losses.perceptual import PerceptualLoss
 from drorae.models.decoder import Decoder
-from drorae.models.decoder_config import DecoderConfig, decoder_preset
+from drorae.models.decoder_config import decoder_preset
 from drorae.models.dit import DiT
 from drorae.models.dit_config import dit_preset
 from drorae.models.fusion import FusionConfig, build_fusion
 from drorae.recipes.smoke import smoke
 from drorae.training.diffusion import train_diffusion
-from drorae.training.jobs import DiffusionStage, TokenizerTraining
+from drorae.training.jobs import DecoderStage, DiffusionStage, FusionStage, TokenizerTraining
 from drorae.training.loop import LoopTools
-from drorae.training.tokenizer import decoder_phase, train_tokenizer
+from drorae.training.tokenizer import decoder_phase, fusion_phase, train_tokenizer
 from drorae.training.world import World
 
 ALEXNET = ((3, 64, 11), (64, 192, 5), (192, 384, 3), (384, 256, 3), (256, 256, 3))
+LAYERS = 12
 WARM_UP = 3  # steps that are not counted: allocation, lazy initialisation
 Step = Callable[[], None]
 
@@ -89,8 +90,11 @@ class Measured(TrainingCheckpoints):
 def rows(device: torch.device, sizes: str, repeats: int) -> Iterator[dict]:
     """One row for each loop."""
     yield _row("diffusion", _diffusion, device, sizes, repeats)
-    yield _row("decoder", _decoder, device, sizes, repeats)
-    yield _row("decoder, L1 alone", _decoder_l1, device, sizes, repeats)
+    for stage in ("decoder", "fusion"):
+        prepare = functools.partial(_tokenizer, stage=stage)
+        yield _row(stage, prepare, device, sizes, repeats)
+        bare_loss = functools.partial(prepare, lpips_weight=0.0)
+        yield _row(f"{stage}, L1 alone", bare_loss, device, sizes, repeats)
 
 
 def _row(name: str, prepare: Callable, device: torch.device, sizes: str, repeats: int) -> dict:
@@ -204,33 +208,49 @@ def _perceptual() -> PerceptualLoss:
     return PerceptualLoss(weights)
 
 
-def _decoder(
-    device: torch.device, sizes: str, num_steps: int, tools: LoopTools, *, lpips_weight: float = 1.0
+def _tokenizer(
+    device: torch.device,
+    sizes: str,
+    num_steps: int,
+    tools: LoopTools,
+    *,
+    stage: str,
+    lpips_weight: float = 1.0,
 ) -> Timed:
+    """The stage `decoder` reads one layer and trains the decoder, `fusion` reads all of them."""
+    recipe = smoke()
+    section: DecoderStage | FusionStage = getattr(recipe, stage)
     job: TokenizerTraining = replace(
-        smoke().decoder.train,
+        section.train,
         num_steps=num_steps,
         lpips_weight=lpips_weight,
         eval_every_steps=num_steps + 1,
         noise_tau=0.8,
     )
-    shape: DecoderConfig = smoke().decoder.model
+    shape, kind, num_layers = recipe.decoder.model, FusionConfig(kind="rae"), 1
+    if stage == "fusion":
+        kind, num_layers = recipe.fusion.model, LAYERS
     if sizes == "full":
-        shape, job = decoder_preset("ViT-XL"), replace(job, batch_images=16)
+        shape, kind = decoder_preset("ViT-XL"), replace(kind, expert_hidden=3072)
+        job = replace(job, batch_images=16)
     elif sizes == "tiny":
         job = replace(job, batch_images=2)
     tokens, side = shape.grid**2, shape.grid * shape.patch_px
     images = torch.rand(job.batch_images, 3, side, side)
-    hidden = torch.randn(job.batch_images, 1, tokens, shape.latent_channels)
-    network = Decoder(shape).to(device)
-    fusion = build_fusion(FusionConfig(kind="rae"), 1, shape.latent_channels).to(device)
+    hidden = torch.randn(job.batch_images, num_layers, tokens, shape.latent_channels)
+    decoder = Decoder(shape).to(device)
+    fusion = build_fusion(kind, num_layers, shape.latent_channels).to(device)
     lpips = _perceptual().to(device) if lpips_weight else None
+    if stage == "fusion":
+        trained, phase = fusion, fusion_phase(fusion, decoder, tools.world, tools.compute)
+    else:
+        trained, phase = decoder, decoder_phase(stage, fusion, decoder, tools.world, tools.compute)
 
     def loss_of() -> Tensor:
-        with torch.no_grad():
+        with torch.set_grad_enabled(trained is fusion):
             latent = fusion(hidden.to(device)).latent
         sigma = job.noise_tau * torch.rand(len(latent), 1, 1, device=device)
-        recon = network(latent + sigma * torch.randn_like(latent))
+        recon = decoder(latent + sigma * torch.randn_like(latent))
         targets = images.to(device)
         loss = (recon - targets).abs().mean()
         return loss if lpips is None else loss + lpips_weight * lpips(recon, targets).mean()
@@ -241,10 +261,6 @@ def _decoder(
             step=step, positions=places, ids_digest=step, images=images, hidden=hidden
         )
 
-    timed = Timed(make, bare_step(network, loss_of, job.optim, job.ema_decay), num_steps, device)
-    phase = decoder_phase("decoder", fusion, network, tools.world, tools.compute)
+    timed = Timed(make, bare_step(trained, loss_of, job.optim, job.ema_decay), num_steps, device)
     train_tokenizer(job, phase, timed, lpips, tools, seed=0)
     return timed
-
-
-_decoder_l1 = functools.partial(_decoder, lpips_weight=0.0)

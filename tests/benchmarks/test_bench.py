@@ -45,7 +45,13 @@ def test_flops_of_a_linear_layer_are_counted():
 
 def test_loops_and_checkpoints_are_timed():
     rows = list(bench_loop.rows(CPU, "tiny", 1))
-    assert [row["loop"] for row in rows] == ["diffusion", "decoder", "decoder, L1 alone"]
+    assert [row["loop"] for row in rows] == [
+        "diffusion",
+        "decoder",
+        "decoder, L1 alone",
+        "fusion",
+        "fusion, L1 alone",
+    ]
     for row in rows:
         assert row["stage_over_bare"] > 0
         assert 0 < row["save_blocks_ms"] <= row["save_and_write_ms"]
