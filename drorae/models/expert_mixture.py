@@ -1,10 +1,10 @@
 """The experts' arithmetic, forward and backward, in blocks of layers.
 
-Per layer k, with x = LN(z(k)) given: u = x W1 + b1, n = LN(u), a = act(n * gamma + beta), h = LN(a
-W2 + b2), and the result is sum_k m_gk h_k for each row g of the mixing weights. Written as one
-function of autograd for three reasons. It keeps two tensors a layer for the backward pass, n and h,
-where autograd keeps six. Neither the experts' outputs nor their gradients ever lie side by side for
-all layers. And under autocast every pass between the products moves the narrow type.
+Per layer k, with x = LN(z(k)) given: u = x W1 + b1, a = act(LN(u) * gamma + beta), h = LN(a W2 +
+b2), and the result is sum_k m_gk h_k for each row g of the mixing weights. Written as one function
+of autograd for three reasons. It keeps two tensors a layer for the backward pass, u and h, where
+autograd keeps six. Neither the experts' outputs nor their gradients ever lie side by side for all
+layers. And under autocast every pass between the products moves the narrow type.
 
 A block is as many layers as fit `CPU_BLOCK_BYTES` (the share of a core in its cache) or
 `DEVICE_BLOCK_BYTES` on an accelerator, where that is normally all of them: one batched product for
@@ -17,6 +17,14 @@ import torch
 import torch.nn.functional as F
 
 from drorae.models.matmul import batched_product
+from drorae.models.stacked_norm import (
+    NormInput,
+    normalise,
+    normalise_backward,
+    rescaled,
+    stacked_norm,
+    stacked_norm_backward,
+)
 from drorae.shapes import Float, Tensor
 
 __all__ = ["HIDDEN_NORM_EPS", "ExpertParameters", "ExpertSettings", "mix_experts"]
@@ -45,7 +53,7 @@ class ExpertSettings(NamedTuple):
     eps: float
     """Epsilon of the LayerNorm on the output."""
     recompute: bool
-    """Recompute a block in the backward pass instead of keeping n and h."""
+    """Recompute a block in the backward pass instead of keeping u and h."""
 
 
 def mix_experts(
@@ -70,8 +78,9 @@ def mix_experts(
 class _Activations(NamedTuple):
     """What one block keeps for the backward pass."""
 
-    normed: Tensor
-    """n, [k, M, hidden]."""
+    hidden: Tensor
+    """u, or LN(u) if the block has several layers, [k, M, hidden]."""
+    hidden_mean: Tensor
     hidden_rstd: Tensor
     output: Tensor
     """h, [k, M, C]."""
@@ -107,34 +116,32 @@ class _ExpertMixture(torch.autograd.Function):
         features, mixing, *saved = ctx.saved_tensors
         stacked, kept = ExpertParameters(*saved[:6]), saved[6:]
         grads = ExpertParameters(*(torch.empty_like(p) for p in stacked))
-        source = _Source(grad, mixing)
+        source, size = _Source(grad, mixing), len(_Activations._fields)
         into = torch.empty_like(features) if ctx.needs_input_grad[1] else None
         for index, layers in enumerate(_blocks(features, stacked)):
             own, x = _take(stacked, layers), _rows(features, layers)
             block = (
                 _run_block(x, own, ctx.settings)
                 if ctx.settings.recompute
-                else _Activations(*kept[4 * index : 4 * index + 4])
+                else _Activations(*kept[size * index : size * (index + 1)])
             )
             arriving = source.take(layers, block.output)
-            to_hidden = _backward_block(
+            to_states = _backward_block(
                 x, own, block, arriving, _take(grads, layers), ctx.settings.gelu
             )
             if into is not None:
-                to_input = batched_product(to_hidden, own.up_weight.transpose(1, 2))
+                to_input = batched_product(to_states, own.up_weight.transpose(1, 2))
                 into[:, layers] = to_input.unflatten(1, (len(features), -1)).transpose(0, 1)
         return None, into, source.to_mixing, *grads
 
 
 def _run_block(x: Tensor, own: ExpertParameters, settings: ExpertSettings) -> _Activations:
-    normed, hidden_rstd = _normalise(
-        batched_product(x, own.up_weight, own.up_bias), HIDDEN_NORM_EPS
-    )
-    active = torch.addcmul(own.norm_bias, normed, own.norm_weight)
+    states = batched_product(x, own.up_weight, own.up_bias)
+    active, kept = stacked_norm(states, own.norm_weight, own.norm_bias, HIDDEN_NORM_EPS)
     if settings.gelu:
         active = F.gelu(active)
     raw = batched_product(active, own.down_weight, own.down_bias)
-    return _Activations(normed, hidden_rstd, *_normalise(raw, settings.eps))
+    return _Activations(*kept, *normalise(raw, settings.eps))
 
 
 def _backward_block(
@@ -146,22 +153,20 @@ def _backward_block(
     gelu: bool,
 ) -> Tensor:
     """Fill the block's parameter gradients; return the gradient at u."""
-    unit = torch.zeros_like(block.output_rstd), torch.ones_like(block.output_rstd)
-    to_raw = _normalise_backward(to_output, block.output, block.output_rstd, unit)
-    scaled = torch.addcmul(own.norm_bias, block.normed, own.norm_weight)
+    to_raw = normalise_backward(to_output, block.output, block.output_rstd)
+    norm, kept = (own.norm_weight, own.norm_bias), NormInput(*block[:3])
+    scaled = rescaled(kept, *norm, HIDDEN_NORM_EPS)
     active = F.gelu(scaled) if gelu else scaled
     batched_product(active.transpose(1, 2), to_raw, out=grads.down_weight)
     torch.sum(to_raw, 1, keepdim=True, out=grads.down_bias)
     to_scaled = batched_product(to_raw, own.down_weight.transpose(1, 2))
     if gelu:
         to_scaled = torch.ops.aten.gelu_backward(to_scaled, scaled)
-    torch.sum(to_scaled, 1, keepdim=True, out=grads.norm_bias)
-    torch.sum(to_scaled * block.normed, 1, keepdim=True, out=grads.norm_weight)
-    to_normed = to_scaled.mul_(own.norm_weight)
-    to_hidden = _normalise_backward(to_normed, block.normed, block.hidden_rstd, unit)
-    batched_product(x.transpose(1, 2), to_hidden, out=grads.up_weight)
-    torch.sum(to_hidden, 1, keepdim=True, out=grads.up_bias)
-    return to_hidden
+    into = {"to_weight": grads.norm_weight, "to_bias": grads.norm_bias}
+    to_states = stacked_norm_backward(to_scaled, kept, *norm, **into)
+    batched_product(x.transpose(1, 2), to_states, out=grads.up_weight)
+    torch.sum(to_states, 1, keepdim=True, out=grads.up_bias)
+    return to_states
 
 
 class _Sink:
@@ -169,9 +174,10 @@ class _Sink:
 
     def __init__(self, features: Tensor, mixing: Tensor | None) -> None:
         batch, _, tokens, dim = features.shape
-        self.result = torch.empty_like(features, memory_format=torch.contiguous_format)
         self.sums = self.weights = None
-        if mixing is not None:
+        if mixing is None:
+            self.result = torch.empty_like(features, memory_format=torch.contiguous_format)
+        else:
             self.weights = mixing.flatten(0, 1)  # [M, rows, L]
             self.result = features.new_zeros(batch, tokens, mixing.shape[2], dim)
             self.sums = self.result.flatten(0, 1)
@@ -226,22 +232,3 @@ def _rows(features: Tensor, layers: slice) -> Tensor:
 
 def _take(stacked: ExpertParameters, layers: slice) -> ExpertParameters:
     return ExpertParameters(*(p[layers] for p in stacked))
-
-
-def _normalise(states: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    normed, _, rstd = torch.native_layer_norm(states, states.shape[-1:], None, None, eps)
-    return normed, rstd
-
-
-def _normalise_backward(
-    grad: Tensor, normed: Tensor, rstd: Tensor, unit: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Gradient before a LayerNorm from its result: rstd (g - mean(g) - n mean(g n)).
-
-    `unit` is mean 0 and deviation 1, those of the result.
-    """
-    only_input = [True, False, False]
-    grad_input, _, _ = torch.ops.aten.native_layer_norm_backward(
-        grad, normed, normed.shape[-1:], *unit, None, None, only_input
-    )
-    return grad_input.mul_(rstd)

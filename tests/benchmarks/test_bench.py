@@ -1,5 +1,10 @@
 """The re-statements that the benchmarks measure against compute the same as the product."""
 
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import bench_diffusion
 import bench_fusion
 import bench_loop
@@ -41,6 +46,36 @@ def test_a_difference_is_refused():
 def test_flops_of_a_linear_layer_are_counted():
     # forward and the weight's gradient; the input needs none: 2 * 2 * rows * in * out
     assert count_flops(nn.Linear(8, 16), lambda: (torch.empty(4, 8),)) == 2 * 2 * 4 * 8 * 16
+
+
+FAULTS = """
+import resource, torch
+from bench_timing import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [torch.ones(3 << 18) for _ in range(20)]  # 20 x 3 MiB
+    del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+young = [faults() for _ in range(3)][-1]
+print(keep_freed_memory(), young, [faults() for _ in range(3)][-1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_memory_that_was_freed_costs_no_page_faults_again():
+    run = subprocess.run(
+        [sys.executable, "-c", FAULTS],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    works, young, settled = run.stdout.split()
+    assert works == "True"
+    assert int(young) > 10_000
+    assert int(settled) < 1_000
 
 
 def test_loops_and_checkpoints_are_timed():

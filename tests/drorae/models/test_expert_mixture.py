@@ -149,7 +149,7 @@ def saved_bytes(recompute, batch):
 def test_recomputing_keeps_the_features_and_no_activation_of_an_expert():
     kept, again = saved_bytes(False, 8), saved_bytes(True, 8)
     tokens, features = 8 * 16, 8 * 6 * 16 * 32 * 4
-    activations = 6 * tokens * (128 + 32 + 2) * 4  # n, h and the deviations of two norms
+    activations = 6 * tokens * (128 + 32 + 3) * 4  # u, h, mean of u, deviations of both
     assert kept - again == activations
     # features, three norms over one layer and the router's small tensors; nothing of width hidden
     assert again < 2 * features + 8 * tokens * 32 * 4
