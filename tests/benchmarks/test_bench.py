@@ -49,8 +49,8 @@ def test_flops_of_a_linear_layer_are_counted():
 
 
 FAULTS = """
-import resource, torch
-from bench_timing import keep_freed_memory
+import ctypes, resource, torch
+from bench_timing import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -58,6 +58,8 @@ def faults():
     del held
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
+for setting in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+    ctypes.CDLL(None).mallopt(setting, 128 << 10)  # what a process starts with
 young = [faults() for _ in range(3)][-1]
 print(keep_freed_memory(), young, [faults() for _ in range(3)][-1])
 """
