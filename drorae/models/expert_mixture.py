@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from drorae.models.matmul import batched_product
+from drorae.models.matmul import batched_product, suits_onednn
 from drorae.models.stacked_norm import (
     NormInput,
     normalise,
@@ -99,7 +99,8 @@ class _ExpertMixture(torch.autograd.Function):
         stacked = ExpertParameters(*parameters)
         kept: list[Tensor] = []
         sink = _Sink(features, mixing)
-        for layers in _blocks(features, stacked):
+        ctx.blocks = _blocks(features, stacked)
+        for layers in ctx.blocks:
             block = _run_block(_rows(features, layers), _take(stacked, layers), settings)
             sink.add(layers, block.output)
             if not settings.recompute:
@@ -118,7 +119,7 @@ class _ExpertMixture(torch.autograd.Function):
         grads = ExpertParameters(*(torch.empty_like(p) for p in stacked))
         source, size = _Source(grad, mixing), len(_Activations._fields)
         into = torch.empty_like(features) if ctx.needs_input_grad[1] else None
-        for index, layers in enumerate(_blocks(features, stacked)):
+        for index, layers in enumerate(ctx.blocks):
             own, x = _take(stacked, layers), _rows(features, layers)
             block = (
                 _run_block(x, own, ctx.settings)
@@ -220,8 +221,15 @@ def _blocks(features: Tensor, stacked: ExpertParameters) -> list[slice]:
     batch, num_layers, tokens, dim = features.shape
     widest = max(dim, stacked.up_weight.shape[-1])
     layer_bytes = batch * tokens * widest * features.element_size()
-    budget = CPU_BLOCK_BYTES if features.device.type == "cpu" else DEVICE_BLOCK_BYTES
-    step = max(1, budget // layer_bytes)
+    if features.device.type != "cpu":
+        step = max(1, DEVICE_BLOCK_BYTES // layer_bytes)
+    else:
+        step = max(1, CPU_BLOCK_BYTES // layer_bytes)
+        one_product = batch * tokens * stacked.up_weight[0].numel()
+        if not (torch.compiler.is_compiling() or suits_onednn(features, stacked[0], one_product)):
+            # MKL gives each thread whole layers: 3 on two threads take as long as 4.
+            threads = torch.get_num_threads()
+            step -= step % threads if step > threads else 0
     return [slice(first, first + step) for first in range(0, num_layers, step)]
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from drorae.shapes import Float, Tensor
 
-__all__ = ["Linear", "batched_product", "linear", "use_faster_products"]
+__all__ = ["Linear", "batched_product", "linear", "suits_onednn", "use_faster_products"]
 
 MIN_MULTIPLICATIONS = 1 << 20  # below, the call itself costs more than the faster kernel saves
 
@@ -38,7 +38,7 @@ def batched_product(
         bias: Added to every row.
         out: Where to write the result; only without a bias.
     """
-    if not _suits_onednn(left, right, left.shape[1] * right.shape[1] * right.shape[2]):
+    if not suits_onednn(left, right, left.shape[1] * right.shape[1] * right.shape[2]):
         return torch.bmm(left, right, out=out) if bias is None else torch.baddbmm(bias, left, right)
     lefts, rights = left.contiguous().unbind(0), right.mT.unbind(0)
     biases = [None] * len(lefts) if bias is None else bias.squeeze(1).unbind(0)
@@ -54,7 +54,7 @@ def linear(
     bias: Float[Tensor, " columns"] | None = None,
 ) -> Float[Tensor, "*batch columns"]:
     """`F.linear` with the faster product; differentiable."""
-    if not _suits_onednn(states, weight, states.numel() * len(weight)):
+    if not suits_onednn(states, weight, states.numel() * len(weight)):
         return F.linear(states, weight, bias)
     if not torch.is_grad_enabled():
         return _onednn(states, weight, bias)
@@ -83,6 +83,26 @@ def use_faster_products(network: nn.Module) -> None:
         network.set_submodule(name, faster)
 
 
+def suits_onednn(first: Tensor, second: Tensor, multiplications: int) -> bool:
+    """Whether one product of two such factors goes to oneDNN, by itself and on all threads.
+
+    Args:
+        first: A factor.
+        second: The other.
+        multiplications: Rows times columns times summands.
+    """
+    return (
+        multiplications >= MIN_MULTIPLICATIONS
+        and first.device.type == "cpu"
+        and first.dtype == second.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.enabled
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -106,16 +126,3 @@ class _OneDnnLinear(torch.autograd.Function):
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def _suits_onednn(first: Tensor, second: Tensor, multiplications: int) -> bool:
-    return (
-        multiplications >= MIN_MULTIPLICATIONS
-        and first.device.type == "cpu"
-        and first.dtype == second.dtype == torch.float32
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.enabled
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
