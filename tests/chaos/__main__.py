@@ -12,18 +12,20 @@ import sys
 import time
 from collections.abc import Sequence
 
+from drorae.config import Compute
 from tests.chaos.bench import Bench
+from tests.chaos.product import COMPUTE
 from tests.chaos.scenarios import SCENARIOS
 from tests.chaos.table import Row, render
 
 QUIET = {"OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
-def play(names: Sequence[str], seed: int) -> list[Row]:
+def play(names: Sequence[str], seed: int, hang_timeout_s: float) -> list[Row]:
     """Run scenarios one after the other; a failure of one does not keep the next from running."""
     os.environ.update(QUIET)
     rows: list[Row] = []
-    with Bench() as bench:
+    with Bench(hang_timeout_s) as bench:
         for name in names:
             row = Row(scenario=name)
             started_s = time.monotonic()
@@ -45,6 +47,12 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments and victims")
     parser.add_argument("--only", action="append", choices=list(SCENARIOS), metavar="NAME")
+    parser.add_argument(
+        "--hang-timeout-s",
+        type=float,
+        default=COMPUTE.hang_timeout_s,
+        help=f"compute.hang_timeout_s; the product's default is {Compute().hang_timeout_s:.0f}",
+    )
     parser.add_argument("--list", action="store_true", help="show the scenarios and end")
     options = parser.parse_args(argv)
     if options.list:
@@ -53,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     logging.basicConfig(level=logging.ERROR)
     started_s = time.monotonic()
-    rows = play(options.only or list(SCENARIOS), options.seed)
+    rows = play(options.only or list(SCENARIOS), options.seed, options.hang_timeout_s)
     _tell(f"\n{render(rows)}\n\n{time.monotonic() - started_s:.0f} s, seed {options.seed}")
     return 0 if all(row.ok for row in rows) else 1
 

@@ -9,13 +9,14 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tests.chaos import cluster
 from tests.chaos.cluster import NodeCluster
 from tests.chaos.journal import order_errors, steps_redone
-from tests.chaos.product import Outcome, Run
+from tests.chaos.product import COMPUTE, Outcome, Run
 from tests.chaos.stage import SAVE_EVERY_STEPS
 from tests.chaos.table import Row
 
@@ -26,9 +27,14 @@ LOSS_TOLERANCE = 1e-3
 
 
 class Bench:
-    """Resources of one call of the harness; use as a context manager."""
+    """Resources of one call of the harness; use as a context manager.
 
-    def __init__(self) -> None:
+    Args:
+        hang_timeout_s: `compute.hang_timeout_s` of the runs.
+    """
+
+    def __init__(self, hang_timeout_s: float = COMPUTE.hang_timeout_s) -> None:
+        self.compute = replace(COMPUTE, hang_timeout_s=hang_timeout_s)
         self.folder = Path(tempfile.mkdtemp(prefix="chaos-runs-", dir="/tmp"))
         self._cluster_stack = ExitStack()
         self._cluster: NodeCluster | None = None
@@ -62,8 +68,8 @@ class Bench:
     def run(self, name: str, **options: Any) -> Run:
         """A run that has not been started, with an own folder."""
         folder = self.folder / name
-        workspace = options.pop("workspace", str(folder / "workspace"))
-        self._runs.append(Run(folder=folder, workspace=workspace, **options))
+        options = {"workspace": str(folder / "workspace"), "compute": self.compute} | options
+        self._runs.append(Run(folder=folder, **options))
         return self._runs[-1]
 
     def end_runs(self) -> None:

@@ -16,6 +16,7 @@ from tests.chaos.processes import all_pids, descendants, is_alive, with_command
 from tests.chaos.product import Run
 
 START_TIMEOUT_S = 180.0
+FOUND_TIMEOUT_S = 120.0
 BALLAST_BYTES = 1 << 20
 DISK_BYTES = 4 << 20
 
@@ -86,7 +87,7 @@ def _mentions(pid: int, run: Run) -> bool:
     return bool(with_command(run.workspace, [pid]))
 
 
-def wait_for_end(pids: dict[int, int], timeout_s: float) -> float:
+def wait_for_end(pids: dict[int, int], timeout_s: float = FOUND_TIMEOUT_S) -> float:
     """Seconds until all workers of a group have ended: then the fault was found and cleared."""
     return wait_until(
         f"the end of processes {sorted(pids.values())}",

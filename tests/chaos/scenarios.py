@@ -7,7 +7,6 @@ but a program of its own needs no cluster.
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import time
@@ -18,71 +17,44 @@ from pathlib import Path
 from tests.chaos import faults, prefect_worker
 from tests.chaos.bench import Bench
 from tests.chaos.cluster import NodeCluster
+from tests.chaos.disturbed import disturbed
 from tests.chaos.faults import Moment, wait_for_end
 from tests.chaos.journal import wait_until
-from tests.chaos.mlflow_stub import MlflowStub
+from tests.chaos.mlflow_scenarios import mlflow_away, mlflow_kill
 from tests.chaos.product import COMPUTE, Run, alone
 from tests.chaos.proxy import Proxy
-from tests.chaos.stage import NUM_STEPS
 from tests.chaos.table import Row
 from tests.integration.s3_server import S3Server, running_s3_server
 
 Scenario = Callable[[Bench, Row, random.Random], None]
 
-FOUND_TIMEOUT_S = 120.0
 S3_OUTAGE_S = 30.0
-MLFLOW_OUTAGE_S = 60.0
 DISK_FULL_S = 15.0
 NODE_BACK_AFTER_S = 8.0
 NUM_BROKEN_UPLOADS = 50
 NUM_ELASTIC_STEPS = 320  # with one rank, more than Ray waits until it looks for another
 
 
-def _disturbed(
-    bench: Bench,
-    row: Row,
-    draw: random.Random,
-    fault: Callable[[Run, NodeCluster], str],
-    *,
-    attempts: int = 1,
-    then: Callable[[NodeCluster], None] = lambda cluster: None,
-) -> None:
-    """One fault at a random moment: its group of workers has to end and another to follow."""
-    bench.undisturbed()
-    cluster = bench.cluster()
-    run = bench.run(row.scenario, hang_path=str(bench.folder / f"hang-{row.scenario}"))
-    run.start()
-    moment = Moment(draw)
-    moment.wait(run)
-    pids = run.groups()[-1].pids
-    row.done = f"{fault(run, cluster)} {moment}"
-    row.found_after_s = wait_for_end(pids, FOUND_TIMEOUT_S)
-    then(cluster)
-    bench.conclude(row, run, attempts=attempts)
-    if len(run.groups()) < 2:
-        row.problems.append("no second group of workers: the fault did not hit the run")
-
-
 def worker(bench: Bench, row: Row, draw: random.Random) -> None:
     """SIGKILL of a worker."""
     rank = draw.randrange(2)
-    _disturbed(bench, row, draw, lambda run, cluster: faults.kill_rank(run, rank))
+    disturbed(bench, row, draw, lambda run, cluster: faults.kill_rank(run, rank))
 
 
 def controller(bench: Bench, row: Row, draw: random.Random) -> None:
     """SIGKILL of the Ray Train controller; the driver starts another one."""
-    _disturbed(bench, row, draw, lambda run, cluster: faults.kill_controller(cluster))
+    disturbed(bench, row, draw, lambda run, cluster: faults.kill_controller(cluster))
 
 
 def driver(bench: Bench, row: Row, draw: random.Random) -> None:
     """SIGKILL of the stage's job; the next attempt continues."""
-    _disturbed(bench, row, draw, lambda run, cluster: faults.kill_driver(run), attempts=2)
+    disturbed(bench, row, draw, lambda run, cluster: faults.kill_driver(run), attempts=2)
 
 
 def stopped(bench: Bench, row: Row, draw: random.Random) -> None:
     """SIGSTOP of a rank: its process answers nothing."""
     rank = draw.randrange(2)
-    _disturbed(bench, row, draw, lambda run, cluster: faults.stop_rank(run, rank))
+    disturbed(bench, row, draw, lambda run, cluster: faults.stop_rank(run, rank))
 
 
 def hung(bench: Bench, row: Row, draw: random.Random) -> None:
@@ -92,7 +64,7 @@ def hung(bench: Bench, row: Row, draw: random.Random) -> None:
         Path(run.hang_path).touch()
         return "loop of rank 1 stands still"
 
-    _disturbed(bench, row, draw, hang)
+    disturbed(bench, row, draw, hang)
 
 
 def node(bench: Bench, row: Row, draw: random.Random) -> None:
@@ -108,7 +80,7 @@ def node(bench: Bench, row: Row, draw: random.Random) -> None:
         cluster.add_node()
 
     try:
-        _disturbed(bench, row, draw, kill, then=replace_node)
+        disturbed(bench, row, draw, kill, then=replace_node)
     finally:
         bench.discard_cluster()
 
@@ -207,42 +179,6 @@ def _on_s3(
             proxy.close()
 
 
-def mlflow_away(bench: Bench, row: Row, draw: random.Random) -> None:
-    """MLflow refuses connections for 60 s: no step waits, and every point arrives afterwards."""
-    bench.undisturbed()
-    bench.cluster()
-    server = MlflowStub()
-    try:
-        run = bench.run(row.scenario, tracking_uri=server.uri)
-        run.start()
-        moment = Moment(draw, last_step=15)
-        moment.wait(run)
-        server.go()
-        time.sleep(MLFLOW_OUTAGE_S)
-        before = len(server.points)
-        server.come()
-        row.done = f"MLflow away for {MLFLOW_OUTAGE_S:.0f} s, {moment}"
-        bench.conclude(row, run)
-        row.problems += _tracking_problems(server, run, moment.step)
-        arrived = sum(name == "train/loss" for name, _, _ in server.points)
-        row.done += f": {before} points before, {arrived} of {NUM_STEPS} losses arrived"
-    finally:
-        server.go()
-
-
-def _tracking_problems(server: MlflowStub, run: Run, step: int) -> list[str]:
-    steps = sorted(number for name, number, _ in server.points if name == "train/loss")
-    missing = sorted(set(range(1, NUM_STEPS + 1)) - set(steps))
-    problems = [f"losses of steps {missing} never arrived"] if missing else []
-    times = run.groups()[-1].times
-    lengths = {number: times[number] - times[number - 1] for number in times if number - 1 in times}
-    usual_s = statistics.median(s for number, s in lengths.items() if number < step)
-    away_s = statistics.median(s for number, s in lengths.items() if number > step)
-    if away_s > 1.5 * usual_s:
-        problems.append(f"a step took {away_s:.3f} s while MLflow was away, else {usual_s:.3f} s")
-    return problems
-
-
 def upload_killed(bench: Bench, row: Row, draw: random.Random) -> None:
     """A process that is killed at 50 random bytes of a checkpoint: the older one counts."""
     folder = bench.folder / row.scenario
@@ -285,7 +221,7 @@ def elastic(bench: Bench, row: Row, draw: random.Random) -> None:
         moment.wait(run)
         pids = run.groups()[-1].pids
         cluster.kill_node(cluster.node_of(pids[draw.randrange(2)]))
-        row.found_after_s = wait_for_end(pids, FOUND_TIMEOUT_S)
+        row.found_after_s = wait_for_end(pids)
         smaller = Moment(draw, moment.step + 10, moment.step + 20)
         smaller.wait(run, earlier_groups=1)
         cluster.add_node()
@@ -337,6 +273,7 @@ SCENARIOS: dict[str, Scenario] = {
     "three-kills": three_kills,
     "disk-full": disk_full,
     "mlflow-away": mlflow_away,
+    "mlflow-kill": mlflow_kill,
     "node": node,
     "elastic": elastic,
     "s3-down": s3_down,
