@@ -250,8 +250,10 @@ def routing_penalty(
     Rows and columns together, times `config.routing_smoothness`; 0 when that is 0. HiRAE names the
     penalty without a formula.
     """
+    if config.routing_smoothness == 0.0:
+        return weights.new_zeros(())
     grid = grid_side(weights.shape[1])
-    if config.routing_smoothness == 0.0 or grid == 1:
+    if grid == 1:
         return weights.new_zeros(())
     layout = weights.unflatten(1, (grid, grid))
     down = (layout[:, 1:] - layout[:, :-1]).square().flatten()

@@ -108,15 +108,24 @@ def test_frozen_features_receive_no_gradient():
     assert weights.grad is not None
 
 
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_the_fusion_is_one_graph_for_the_compiler():
     torch.manual_seed(0)
     fusion = build_fusion(FusionConfig(expert_hidden=64), 6, 32)
-    hidden = torch.randn(2, 6, 16, 32)
     parameters = tuple(fusion.parameters())
-    plain = torch.autograd.grad(fusion(hidden).latent.square().sum(), parameters)
     traced = torch.compile(fusion, fullgraph=True, backend="eager")  # a break is an error
-    grads = torch.autograd.grad(traced(hidden).latent.square().sum(), parameters)
-    torch.testing.assert_close(grads, plain)
+    for shape in ((2, 6, 16, 32), (3, 6, 16, 32), (3, 6, 25, 32)):
+        hidden = torch.randn(*shape)
+        plain = torch.autograd.grad(fusion(hidden).latent.square().sum(), parameters)
+        grads = torch.autograd.grad(traced(hidden).latent.square().sum(), parameters)
+        torch.testing.assert_close(grads, plain)
 
 
 class CountOps(TorchDispatchMode):
