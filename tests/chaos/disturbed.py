@@ -19,7 +19,7 @@ def disturbed(
     attempts: int = 1,
     then: Callable[[NodeCluster], None] = lambda cluster: None,
     tracking_uri: str | None = None,
-) -> Run:
+) -> None:
     """One fault at a random moment: its group of workers has to end and another to follow."""
     bench.undisturbed()
     cluster = bench.cluster()
@@ -35,4 +35,3 @@ def disturbed(
     bench.conclude(row, run, attempts=attempts)
     if len(run.groups()) < 2:
         row.problems.append("no second group of workers: the fault did not hit the run")
-    return run
