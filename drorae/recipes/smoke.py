@@ -25,7 +25,7 @@ def smoke() -> FullJob:
     Encoder: DINOv2 ViT-S/14 fine-tuned for saliency (asset `dinov2-s-saliency`), 12 layers, 8 x 8
     tokens.
     Result, measured 2026-11-24 with `make demo`: RAE 16.4 dB, fusion 19.7, finetune 22.4, control
-    16.9; Frechet distance 4909 of a fresh generator, 3594 with AutoGuidance; 7 minutes on two
+    16.9; Frechet distance 4916 of a fresh generator, 3594 with AutoGuidance; 7 minutes on two
     cores, 6.8 GB at the peak.
     Guidance is stronger than the paper's 1.5 because the generator sees 17,600 latents in all.
     """
