@@ -22,9 +22,10 @@ def keep_freed_memory() -> bool:
     """Let glibc keep what is freed, as it does once a process has freed a few large tensors.
 
     By default a young process gives a tensor of a few MB back at once, and the next one costs a
-    page fault for every 4 KiB: on 2026-11-24, 8 images of 16 tokens, that was a third of our
-    fusion's time and none of the plain one's, whose tensors are below the limit. In a stage's loop
-    (section `loops`) it makes no difference. Elsewhere than on glibc nothing happens.
+    page fault for every 4 KiB: on 2026-11-24, 8 images of 16 tokens, that was a quarter to a third
+    of our fusion's time and none of the plain one's, whose tensors are smaller. In the stages'
+    loops (section `loops`) it made no measurable difference. Elsewhere than on glibc nothing
+    happens.
 
     Returns:
         Whether it is so.
