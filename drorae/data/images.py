@@ -7,6 +7,7 @@ into one flat file of PNG bytes that is memory-mapped, and decoded on each read 
 
 import functools
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from drorae.data.decoding import decode_png
+from drorae.data.order import ShardUse
 from drorae.data.unpacked import unpacked
 from drorae.shapes import Int, Tensor, UInt8
 from drorae.store.files import default_cache_path
@@ -58,7 +60,8 @@ class ImageShards:
         self._output = output
         self._cache = Path(cache_path or default_cache_path())
         self._names = output.names(f"{split}/", ".parquet")
-        self._starts = np.cumsum([0, *counts[split]["shards"]])
+        self.shard_rows: tuple[int, ...] = tuple(counts[split]["shards"])
+        self._starts = np.cumsum([0, *self.shard_rows])
         self._keep = len(self) * 3 * self.resolution_px**2 <= keep_bytes
         self._png = PngColumn(output, split, "image", self._cache)
         self._lock = threading.Lock()
@@ -66,6 +69,12 @@ class ImageShards:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def follow(self, uses: Iterable[ShardUse]) -> None:
+        """Shards are fetched when they are first read."""
+
+    def reached(self, step: int) -> None:
+        """Shards are kept."""
 
     @functools.cached_property
     def labels(self) -> np.ndarray:

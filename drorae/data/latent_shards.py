@@ -1,10 +1,11 @@
-"""Random access to the output of the stage `latents`, normalised with its statistics.
+"""Random access to the output of the stage `latents`.
 
 Sets that fit `keep_bytes` are kept in memory as float16; larger ones are unpacked per shard into
 memory-mapped arrays.
 """
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 
+from drorae.data.order import ShardUse
 from drorae.data.unpacked import unpacked
-from drorae.models.autoencoder import normalise_latent
 from drorae.shapes import Float, Int, Tensor
 from drorae.store import files
 from drorae.store.files import default_cache_path
@@ -27,7 +28,7 @@ KEEP_BYTES = 4 << 30
 
 
 class LatentShards:
-    """Latents of the training images by id, normalised with the stage's statistics.
+    """Latents of the training images by id, as they are stored, and the stage's statistics.
 
     Args:
         output: Output of the stage `latents`.
@@ -46,7 +47,8 @@ class LatentShards:
         self._output = output
         self._cache = Path(cache_path or default_cache_path())
         self._names = output.names(f"{SPLIT}/", ".parquet")
-        self._starts = np.cumsum([0, *counts[SPLIT]["shards"]])
+        self.shard_rows: tuple[int, ...] = tuple(counts[SPLIT]["shards"])
+        self._starts = np.cumsum([0, *self.shard_rows])
         self.shape: tuple[int, int, int] = tuple(counts["shape"])
         """Channels, height, width."""
         self.has_flip = bool(counts["flip"])
@@ -57,6 +59,12 @@ class LatentShards:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def follow(self, uses: Iterable[ShardUse]) -> None:
+        """Shards are fetched when they are first read."""
+
+    def reached(self, step: int) -> None:
+        """Shards are kept."""
 
     @functools.cached_property
     def stats(self) -> dict[str, Tensor]:
@@ -71,7 +79,7 @@ class LatentShards:
     def read(
         self, ids: np.ndarray, flip: np.ndarray | None = None
     ) -> tuple[Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]:
-        """Normalised latents (float32) and labels, in the order of the ids.
+        """Latents as stored (float16) and labels, in the order of the ids.
 
         Args:
             ids: Rows.
@@ -90,16 +98,14 @@ class LatentShards:
         wants_flip = np.zeros(len(ids), dtype=bool) if flip is None else flip
         if wants_flip.any() and not self.has_flip:
             raise ValueError("mirrored latents are not stored: build them with latents.flip=true.")
-        values = np.empty((len(ids), *self.shape), dtype=np.float32)
+        values = np.empty((len(ids), *self.shape), dtype=np.float16)
         labels = np.empty(len(ids), dtype=np.int64)
         parts = np.searchsorted(self._starts, ids, side="right") - 1
         for row, (number, part) in enumerate(zip(ids.tolist(), parts.tolist(), strict=True)):
             arrays, inner = self._part(part), number - int(self._starts[part])
             values[row] = arrays["latent_flip" if wants_flip[row] else "latent"][inner]
             labels[row] = arrays["label"][inner]
-        latent = torch.from_numpy(values)
-        normalised = normalise_latent(latent, self.stats["mean"], self.stats["var"])
-        return normalised, torch.from_numpy(labels)
+        return torch.from_numpy(values), torch.from_numpy(labels)
 
     def _part(self, part: int) -> dict[str, np.ndarray]:
         if part not in self._parts:

@@ -110,8 +110,6 @@ class Delivery(TypedDict):
     """Samples in a step, over all ranks."""
     order: NotRequired[OrderConfig]
     """How the samples of an epoch are shuffled; uniformly unless given."""
-    start_step: NotRequired[int]
-    """First step to deliver (continuing a run); from 0 unless given."""
     rank: NotRequired[int]
     """This worker; 0 unless given."""
     world_size: NotRequired[int]
@@ -123,13 +121,18 @@ class Delivery(TypedDict):
 
 
 def tokenizer_batches(
-    images: ImageReader, hidden: HiddenReader | None, **delivery: Unpack[Delivery]
+    images: ImageReader,
+    hidden: HiddenReader | None,
+    *,
+    start_step: int = 0,
+    **delivery: Unpack[Delivery],
 ) -> Iterator[TokenizerBatch]:
     """Images and hidden states of one rank.
 
     Args:
         images: Training images.
         hidden: Hidden states of the same images; none: the step computes them.
+        start_step: First step to deliver (continuing a run).
         **delivery: See `Delivery`.
 
     Raises:
@@ -141,10 +144,12 @@ def tokenizer_batches(
         states = hidden.read(place.ids) if hidden is not None else None
         return TokenizerBatch(*place, pixels, labels, states)
 
-    return _in_order(make, images, **delivery)
+    return _in_order(make, images, start_step, **delivery)
 
 
-def crop_batches(crops: CropReader, **delivery: Unpack[Delivery]) -> Iterator[TokenizerBatch]:
+def crop_batches(
+    crops: CropReader, *, start_step: int = 0, **delivery: Unpack[Delivery]
+) -> Iterator[TokenizerBatch]:
     """Random crops of one rank, new ones in each epoch, without hidden states.
 
     Arguments and errors as `tokenizer_batches`.
@@ -153,10 +158,12 @@ def crop_batches(crops: CropReader, **delivery: Unpack[Delivery]) -> Iterator[To
     def make(place: _Place) -> TokenizerBatch:
         return TokenizerBatch(*place, *crops.read(place.ids, place.epoch), None)
 
-    return _in_order(make, crops, **delivery)
+    return _in_order(make, crops, start_step, **delivery)
 
 
-def latent_batches(latents: LatentReader, **delivery: Unpack[Delivery]) -> Iterator[LatentBatch]:
+def latent_batches(
+    latents: LatentReader, *, start_step: int = 0, **delivery: Unpack[Delivery]
+) -> Iterator[LatentBatch]:
     """Stored latents of one rank; mirrored by a fair coin when the stage stored both views.
 
     Arguments and errors as `tokenizer_batches`.
@@ -166,7 +173,7 @@ def latent_batches(latents: LatentReader, **delivery: Unpack[Delivery]) -> Itera
         flip = flips(delivery["seed"], place.epoch, place.ids) if latents.has_flip else None
         return LatentBatch(*place, *latents.read(place.ids, flip))
 
-    return _in_order(make, latents, **delivery)
+    return _in_order(make, latents, start_step, **delivery)
 
 
 def flips(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
@@ -190,12 +197,12 @@ class _Place(NamedTuple):
 def _in_order(
     make: Callable[[_Place], T],
     shards: Shards,
+    start_step: int,
     *,
     seed: int,
     num_steps: int,
     global_batch: int,
     order: OrderConfig = ANY_SET,
-    start_step: int = 0,
     rank: int = 0,
     world_size: int = 1,
     threads: int = 1,

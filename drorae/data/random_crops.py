@@ -5,6 +5,7 @@ with Pillow's bicubic filter, then a uniform random square, no flip (`Resize` an
 torchvision). Needs shards with `ShardJob.view_px`.
 """
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from drorae.data.decoding import decode_png, to_view
 from drorae.data.images import DECODE_THREADS, ImageShards, PngColumn
+from drorae.data.order import ShardUse
 from drorae.shapes import Int, Tensor, UInt8
 from drorae.store.files import default_cache_path
 from drorae.store.workspace import StageOutput
@@ -52,6 +54,17 @@ class RandomCrops:
 
     def __len__(self) -> int:
         return len(self._squares)
+
+    @property
+    def shard_rows(self) -> tuple[int, ...]:
+        """Rows of each shard."""
+        return self._squares.shard_rows
+
+    def follow(self, uses: Iterable[ShardUse]) -> None:
+        """Shards are fetched when they are first read."""
+
+    def reached(self, step: int) -> None:
+        """Shards are kept."""
 
     def read(
         self, ids: np.ndarray, epoch: int

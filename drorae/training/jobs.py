@@ -141,7 +141,7 @@ def _check_streams(batch_images: int, order: OrderConfig) -> None:
         fitting = math.gcd(batch_images, order.streams)
         raise ValueError(
             f"order.streams={order.streams} does not divide batch_images={batch_images}: expected "
-            f"a divisor, such as {fitting}; set order.streams first, then batch_images."
+            f"a divisor of it; set order.streams={fitting} or another batch."
         )
 
 
