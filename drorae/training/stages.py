@@ -195,7 +195,9 @@ def _train_dit(ctx: StageContext, world: World, *, seed: int, job: DiffusionStag
         return latent_batches(latents, start_step=start, **_delivery(ctx, job, world, seed))
 
     with _Tools(ctx, world) as tools:
-        report = train_diffusion(job, model, watched(batches), tools, stage=ctx.stage, seed=seed)
+        report = train_diffusion(
+            job, model, watched(batches), tools, stats=latents.stats, stage=ctx.stage, seed=seed
+        )
     settings = {"model": to_json(job.model), "times": to_json(job.times)}
     settings |= {"prediction": job.prediction, "latents": ctx.inputs["latents"].key}
     return _write(ctx, world, "dit", report, settings)

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from loop_fakes import DIM, LAYERS, SAMPLES, SIDE, TOKENS, Rows, digest_of, ids_of
+from loop_fakes import DIM, LAYERS, SAMPLES, SIDE, STATS, TOKENS, Rows, digest_of, ids_of
 from torch import Tensor, nn
 
 from drorae.checkpoint import TrainingCheckpoints
@@ -222,7 +222,8 @@ def _train(
         model = DiT(job.model)
         with torch.no_grad():
             model.final_layer.linear.weight.normal_(std=0.1)  # a fresh model is zero
-        return train_diffusion(job, model, batches, tools, stage="diffusion", seed=0), model, None
+        report = train_diffusion(job, model, batches, tools, stats=STATS, stage="diffusion", seed=0)
+        return report, model, None
     adversarial = replace(TOKENIZER.adversarial, optim=optim)
     job = replace(TOKENIZER, num_steps=task.num_steps, optim=optim, adversarial=adversarial)
     phase = _phase(task, world)
@@ -262,11 +263,11 @@ def _batch(name: str, step: int, world: World, seen: list[tuple[int, list[int]]]
     places = torch.from_numpy(rank_slice(torch.arange(BATCH).numpy(), world.rank, world.world_size))
     common = {"step": step, "positions": places, "ids_digest": digest_of(ids)}
     if name == "diffusion":
-        latents = torch.randn(SAMPLES, 8, 2, 2, generator=generator)
+        latents = torch.randn(SAMPLES, 8, 2, 2, generator=generator).half()
         labels = torch.randint(0, 3, (SAMPLES,), generator=generator)
         return SimpleNamespace(**common, latents=latents[mine], labels=labels[mine])
-    images = torch.rand(SAMPLES, 3, SIDE, SIDE, generator=generator)
-    hidden = torch.randn(SAMPLES, LAYERS, TOKENS, DIM, generator=generator)
+    images = torch.randint(256, (SAMPLES, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+    hidden = torch.randn(SAMPLES, LAYERS, TOKENS, DIM, generator=generator).half()
     return SimpleNamespace(**common, images=images[mine], hidden=hidden[mine])
 
 
