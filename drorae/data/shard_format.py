@@ -115,8 +115,7 @@ def write_picture_shard(output_uri: str, name: str, rows: pa.RecordBatch) -> Sha
     ends = np.frombuffer(image.buffers()[1], np.int32)[image.offset :][: len(rows) + 1]
     first = image.buffers()[2].address + int(ends[0])
     labels = rows.column("label").to_numpy()
-    batch = rows.replace_schema_metadata(_features(rows.schema))
-    return _write(output_uri, name, batch, labels, np.diff(ends), {"image": first})
+    return _write(output_uri, name, rows, labels, np.diff(ends), {"image": first})
 
 
 def write_latent_shard(
@@ -146,7 +145,7 @@ def write_latent_shard(
         "label": pa.array(labels, pa.int32()),
     }
     for column, array in values.items():
-        columns[column] = pa.FixedShapeTensorArray.from_numpy_ndarray(array)
+        columns[column] = _as_lists(array)
     addresses = {column: array.ctypes.data for column, array in values.items()}
     batch = pa.record_batch(columns)
     return _write(output_uri, name, batch, labels, np.empty(0, np.int32), addresses)
@@ -156,15 +155,11 @@ def _row_shape(latents: dict[str, np.ndarray]) -> tuple[int, ...]:
     return next(iter(latents.values())).shape[1:]
 
 
-def _features(schema: pa.Schema) -> dict[str, str]:
-    """What `datasets` keeps about columns: `image` holds image files."""
-    features = {
-        field.name: {"dtype": str(field.type), "_type": "Value"}
-        for field in schema
-        if field.name != "image"
-    }
-    info = {"info": {"features": {**features, "image": {"_type": "Image"}}}}
-    return {"huggingface": json.dumps(info, sort_keys=True)}
+def _as_lists(rows: np.ndarray) -> pa.Array:
+    column: Any = pa.array(rows.reshape(-1))
+    for length in reversed(rows.shape[1:]):
+        column = pa.FixedSizeListArray.from_arrays(column, length)
+    return column
 
 
 def _write(
