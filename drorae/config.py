@@ -46,7 +46,11 @@ class Compute:
     threads_per_worker: int = 2
     """CPU threads that torch may use in one worker."""
     use_gpu: bool = False
-    """Give each worker one GPU (nccl); otherwise CPU (gloo)."""
+    """Ask Ray for one GPU for each training worker and each actor that runs networks."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where arithmetic runs: `auto` on the GPU that Ray gave if `use_gpu`, else on the CPU. `cpu`
+    with `use_gpu` computes on the CPUs of machines that declare GPUs, which is how placement is
+    tested; `cuda` without it uses a GPU that Ray does not count."""
     sharding: Literal["none", "ddp", "fsdp2"] = "ddp"
     """How several workers hold the trained network: `ddp` whole on each, `fsdp2` cut into shards
     (weights, gradients, moments and EMA), `none` forbids more than one worker."""
@@ -118,6 +122,13 @@ class Compute:
                 f"compute.sharding=none with compute.num_workers={self.num_workers}: expected one "
                 "worker; use sharding=ddp or fsdp2, or num_workers=1."
             )
+
+    @property
+    def device_type(self) -> Literal["cpu", "cuda"]:
+        """Kind of device that runs the arithmetic of workers and actors."""
+        if self.device == "auto":
+            return "cuda" if self.use_gpu else "cpu"
+        return self.device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
