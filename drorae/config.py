@@ -46,7 +46,11 @@ class Compute:
     threads_per_worker: int = 2
     """CPU threads that torch may use in one worker."""
     use_gpu: bool = False
-    """Give each worker one GPU (nccl); otherwise CPU (gloo)."""
+    """Ask Ray for one GPU for each training worker and each actor that runs networks."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where arithmetic runs: `auto` on the GPU that Ray gave if `use_gpu`, else on the CPU. `cpu`
+    with `use_gpu` computes on the CPUs of machines that declare GPUs, which is how placement is
+    tested; `cuda` without it uses a GPU that Ray does not count."""
     sharding: Literal["none", "ddp", "fsdp2"] = "ddp"
     """How several workers hold the trained network: `ddp` whole on each, `fsdp2` cut into shards
     (weights, gradients, moments and EMA), `none` forbids more than one worker."""
@@ -118,6 +122,13 @@ class Compute:
                 f"compute.sharding=none with compute.num_workers={self.num_workers}: expected one "
                 "worker; use sharding=ddp or fsdp2, or num_workers=1."
             )
+
+    @property
+    def device_type(self) -> Literal["cpu", "cuda"]:
+        """Kind of device that runs the arithmetic of workers and actors."""
+        if self.device == "auto":
+            return "cuda" if self.use_gpu else "cpu"
+        return self.device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,26 +292,53 @@ def override(config: T, assignments: Sequence[str]) -> T:
 
     A path may leave out inner sections when exactly one field fits: `fusion.expert_hidden` is
     `fusion.model.expert_hidden`. Values are JSON (`1e-4`, `true`, `[1,2]`, `null`); what is no JSON
-    is taken as text.
+    is taken as text. All assignments are applied before any class checks itself, so that fields
+    which have to fit each other can change together, in any order. Of two for one field the later
+    wins.
 
     Raises:
         ValueError: No `=`, unknown path (close matches are listed), ambiguous path, wrong type, or
             a value that the configuration class refuses.
     """
+    changes: dict[str, str] = {}
     for assignment in assignments:
         path, sign, text = assignment.partition("=")
         if not sign or not path:
             raise ValueError(f"{assignment!r} is no assignment: expected section.field=value.")
         full = _resolve(config, path.strip())
-        config = _replace_at(config, full.split("."), _parse(text), full)
-    return config
+        # A whole section replaces what was set inside it before; later assignments win.
+        changes = {p: v for p, v in changes.items() if not f"{p}.".startswith(f"{full}.")}
+        changes[full] = text
+    return _changed(config, changes, "")
 
 
-def _parse(text: str) -> Any:
+def _changed(config: Any, changes: Mapping[str, str], prefix: str) -> Any:
+    """A configuration with all changes below `prefix` applied to each of its classes at once."""
+    hints = get_type_hints(config.__class__)
+    fields: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        path = f"{prefix}{f.name}"
+        inner = {p: v for p, v in changes.items() if p.startswith(f"{path}.")}
+        value = getattr(config, f.name)
+        if path in changes:
+            value = _coerce(hints[f.name], _parse(changes[path], hints[f.name]), path)
+        if inner:
+            value = _changed(value, inner, f"{path}.")
+        if path in changes or inner:
+            fields[f.name] = value
+    return dataclasses.replace(config, **fields)
+
+
+def _parse(text: str, kind: Any) -> Any:
+    """The JSON value of a text; the text itself where it is none, or where text is wanted."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError:
         return text
+    # A folder may be called 2012.
+    if kind is str or (value is not None and set(get_args(kind)) == {str, type(None)}):
+        return value if isinstance(value, str) else text
+    return value
 
 
 def _paths(config: Any, prefix: str = "") -> Iterator[str]:
@@ -331,14 +369,6 @@ def _suggest(name: str, known: Sequence[str]) -> str:
     if not close:
         close = [p for p in known if "." not in p]
     return f" Close matches: {', '.join(close)}."
-
-
-def _replace_at(config: Any, names: Sequence[str], value: Any, path: str) -> Any:
-    if len(names) == 1:
-        new = _coerce(get_type_hints(config.__class__)[names[0]], value, path)
-    else:
-        new = _replace_at(getattr(config, names[0]), names[1:], value, path)
-    return dataclasses.replace(config, **{names[0]: new})
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
