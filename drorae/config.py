@@ -102,16 +102,26 @@ class Compute:
     cache_path: str = ""
     """Folder for hidden-state caches and downloads; empty: beside a local workspace, else the
     user's cache."""
+    cache_limit_gb: float = 0.0
+    """Most gigabytes (10^9 bytes) of shards that a machine keeps of a remote workspace, for all of
+    its processes together; the least recently used ones make room, those in use never do. 0: as
+    much as the disk holds. Below what is in use at a time (about `order.streams` times
+    `order.window_shards` shards, divided by the machines) rows are read one by one instead."""
+    decode_threads: int = 4
+    """Threads that decode images in each process that reads them."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         for name in ("num_workers", "threads_per_worker", "data_actors", "parallel_stages"):
             _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
-        for name in ("log_every_steps", "save_every_steps", "keep_checkpoints"):
+        for name in ("log_every_steps", "save_every_steps", "keep_checkpoints", "decode_threads"):
             _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
         for name in ("accumulate_steps", "rollback_after_skips"):
             _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
-        for name in ("max_failures", "keep_every_steps"):
+        _require(
+            self.decode_threads >= 1, "compute.decode_threads", self.decode_threads, "at least 1"
+        )
+        for name in ("max_failures", "keep_every_steps", "cache_limit_gb"):
             _require(getattr(self, name) >= 0, f"compute.{name}", getattr(self, name), "0 or more")
         for name in ("collective_timeout_s", "hang_timeout_s"):
             _require(getattr(self, name) > 0, f"compute.{name}", getattr(self, name), "above 0")
