@@ -45,6 +45,9 @@ class Compute:
     and every count must divide the global batch. 0: always `num_workers`; it waits for machines."""
     threads_per_worker: int = 2
     """CPU threads that torch may use in one worker."""
+    loader_threads: int = 4
+    """Threads of a worker that read and decode training batches ahead of their use, one batch each;
+    at most twice as many batches are held ready."""
     use_gpu: bool = False
     """Ask Ray for one GPU for each training worker and each actor that runs networks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -112,7 +115,8 @@ class Compute:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("num_workers", "threads_per_worker", "data_actors", "parallel_stages"):
+        counts = ("num_workers", "threads_per_worker", "loader_threads")
+        for name in (*counts, "data_actors", "parallel_stages"):
             _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
         for name in ("log_every_steps", "save_every_steps", "keep_checkpoints", "decode_threads"):
             _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
