@@ -110,21 +110,16 @@ class Compute:
     its processes together; the least recently used ones make room, those in use never do. 0: as
     much as the disk holds. Below what is in use at a time (about `order.streams` times
     `order.window_shards` shards, divided by the machines) rows are read one by one instead."""
-    decode_threads: int = 4
-    """Threads that decode images in each process that reads them."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         counts = ("num_workers", "threads_per_worker", "loader_threads")
         for name in (*counts, "data_actors", "parallel_stages"):
             _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
-        for name in ("log_every_steps", "save_every_steps", "keep_checkpoints", "decode_threads"):
+        for name in ("log_every_steps", "save_every_steps", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
         for name in ("accumulate_steps", "rollback_after_skips"):
             _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
-        _require(
-            self.decode_threads >= 1, "compute.decode_threads", self.decode_threads, "at least 1"
-        )
         for name in ("max_failures", "keep_every_steps", "cache_limit_gb"):
             _require(getattr(self, name) >= 0, f"compute.{name}", getattr(self, name), "0 or more")
         for name in ("collective_timeout_s", "hang_timeout_s"):
