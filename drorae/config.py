@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
+    "ACCELERATED",
     "Compute",
     "FieldDoc",
+    "Resources",
     "canonical_json",
     "digest",
     "field_docs",
@@ -49,7 +51,11 @@ class Compute:
     """Threads of a worker that read and decode training batches ahead of their use, one batch each;
     at most twice as many batches are held ready."""
     use_gpu: bool = False
-    """Give each worker one GPU (nccl); otherwise CPU (gloo)."""
+    """Ask Ray for one GPU for each training worker and each actor that runs networks."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where arithmetic runs: `auto` on the GPU that Ray gave if `use_gpu`, else on the CPU. `cpu`
+    with `use_gpu` computes on the CPUs of machines that declare GPUs, which is how placement is
+    tested; `cuda` without it uses a GPU that Ray does not count."""
     sharding: Literal["none", "ddp", "fsdp2"] = "ddp"
     """How several workers hold the trained network: `ddp` whole on each, `fsdp2` cut into shards
     (weights, gradients, moments and EMA), `none` forbids more than one worker."""
@@ -61,7 +67,8 @@ class Compute:
     activation_checkpointing: bool = False
     """Recompute block activations in the backward pass: about a third more compute, less memory."""
     data_actors: int = 1
-    """Ray Data actors that shard, encode or sample at the same time."""
+    """Ray Data actors that shard, encode or sample at the same time. Actors that run networks are
+    as many as the cluster has GPUs instead if `use_gpu`."""
     parallel_stages: int = 2
     """Stages that may run at the same time when the graph allows it (embedded runs)."""
     log_every_steps: int = 10
@@ -101,6 +108,11 @@ class Compute:
     cache_path: str = ""
     """Folder for hidden-state caches and downloads; empty: beside a local workspace, else the
     user's cache."""
+    cache_limit_gb: float = 0.0
+    """Most gigabytes (10^9 bytes) of shards that a machine keeps of a remote workspace, for all of
+    its processes together; the least recently used ones make room, those in use never do. 0: as
+    much as the disk holds. Below what is in use at a time (about `order.streams` times
+    `order.window_shards` shards, divided by the machines) rows are read one by one instead."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -111,7 +123,7 @@ class Compute:
             _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
         for name in ("accumulate_steps", "rollback_after_skips"):
             _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
-        for name in ("max_failures", "keep_every_steps"):
+        for name in ("max_failures", "keep_every_steps", "cache_limit_gb"):
             _require(getattr(self, name) >= 0, f"compute.{name}", getattr(self, name), "0 or more")
         for name in ("collective_timeout_s", "hang_timeout_s"):
             _require(getattr(self, name) > 0, f"compute.{name}", getattr(self, name), "above 0")
@@ -122,6 +134,29 @@ class Compute:
                 f"compute.sharding=none with compute.num_workers={self.num_workers}: expected one "
                 "worker; use sharding=ddp or fsdp2, or num_workers=1."
             )
+
+    @property
+    def device_type(self) -> Literal["cpu", "cuda"]:
+        """Kind of device that runs the arithmetic of workers and actors."""
+        if self.device == "auto":
+            return "cuda" if self.use_gpu else "cpu"
+        return self.device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """What Ray sets aside for one process of a stage; the stage table says it for every stage."""
+
+    cpus: float = 1.0
+    """Logical CPUs. 0: it mostly waits and fits beside anything."""
+    gpus: float = 0.0
+    """GPUs, where `compute.use_gpu` asks for any."""
+    memory_bytes: int = 0
+    """Memory; 0: none is set aside."""
+
+
+ACCELERATED = Resources(gpus=1.0)
+"""A process that runs networks: one GPU where there are any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
