@@ -79,7 +79,7 @@ class RunningMoments:
 
     def update(self, samples: Float[Tensor, "batch ..."]) -> None:
         """Add a batch."""
-        for chunk in samples.split(self.CHUNK):
+        for chunk in samples.split(self.CHUNK) if len(samples) else ():
             values = chunk.to(torch.float64)
             mean = values.mean(dim=0)
             count = self._count + len(values)
