@@ -175,10 +175,9 @@ def latent_batches(
 
     def make(place: _Place) -> LatentBatch:
         flip = flips(delivery["seed"], place.epoch, place.ids) if latents.has_flip else None
-        out = None
-        if delivery.get("pin"):  # torch keeps such memory and gives it out again
-            shape = (len(place.ids), *latents.shape)
-            out = torch.empty(shape, dtype=torch.float16, pin_memory=True)
+        shape = (len(place.ids), *latents.shape)
+        # torch keeps page-locked memory and gives it out again
+        out = torch.empty(shape, dtype=torch.half, pin_memory=True) if delivery.get("pin") else None
         return LatentBatch(*place, *latents.read(place.ids, flip, out))
 
     return _in_order(make, latents, start_step, **delivery)
