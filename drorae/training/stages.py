@@ -15,7 +15,7 @@ from torch import nn
 from drorae.checkpoint import TrainingCheckpoints, load_weights, weights_bytes
 from drorae.config import from_json, to_json
 from drorae.data.assets import asset_path
-from drorae.data.hidden_states import HiddenStates, hidden_cache_path, hidden_in_step
+from drorae.data.hidden_states import HiddenStates, check_kept, hidden_cache_path, hidden_in_step
 from drorae.data.images import ImageShards
 from drorae.data.latent_shards import LatentShards
 from drorae.data.loaders import Delivery, crop_batches, latent_batches, tokenizer_batches
@@ -274,7 +274,9 @@ def _run_phase(
     # A setting of the process, which trains this stage only.
     torch.set_float32_matmul_precision("highest" if job.precision == "float32" else "high")
     encoder = encoder.to(world.device)
-    train, held_out = (_hidden_states(ctx, split, encoder, job) for split in ("train", "val"))
+    train, held_out = (
+        _hidden_states(ctx, world, split, encoder, job) for split in ("train", "val")
+    )
     job = in_steps(job, len(train))
     train.fill(rank=world.rank, world_size=world.world_size, on_progress=_fill_progress(ctx, world))
     show = reconstruction_evaluator(phase, held_out)
@@ -312,10 +314,12 @@ def _tokenizer_batches(
 
 
 def _hidden_states(
-    ctx: StageContext, split: str, encoder: Encoder, job: TokenizerTraining
+    ctx: StageContext, world: World, split: str, encoder: Encoder, job: TokenizerTraining
 ) -> HiddenStates:
     cache, threads = node_cache(ctx.compute), ctx.compute.loader_threads
     images = ImageShards(ctx.inputs["shard"], split, cache=cache, threads=threads)
+    is_shared = world.is_on_one_machine or bool(ctx.compute.cache_path)
+    check_kept(job.hidden_states, len(images), encoder.config, is_shared=is_shared)
     return HiddenStates(images, encoder, job.hidden_states, hidden_cache_path(ctx))
 
 
