@@ -8,6 +8,7 @@ images per class and spreads between classes.
 """
 
 import argparse
+import sys
 
 import numpy as np
 
@@ -36,8 +37,8 @@ def main() -> None:
     parser.add_argument("--replicates", type=int, default=1000)
     options = parser.parse_args()
     sizes = (1, 2, 5, 40)
-    print("| classes | spread between classes | " + " | ".join(f"{n} per class" for n in sizes))
-    print("|---" * (2 + len(sizes)) + "|")
+    _print("| classes | spread between classes | " + " | ".join(f"{n} per class" for n in sizes))
+    _print("|---" * (2 + len(sizes)) + "|")
     for num_classes in (10, 30, 100):
         for spread in (0.0, 0.5, 2.0):
             shares = [
@@ -52,7 +53,12 @@ def main() -> None:
                 for size in sizes
             ]
             row = " | ".join(f"{100 * share:.1f}" for share in shares)
-            print(f"| {num_classes} | {spread} | {row} |", flush=True)
+            _print(f"| {num_classes} | {spread} | {row} |")
+
+
+def _print(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
