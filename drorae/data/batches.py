@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from drorae.shapes import Float, Int, Tensor, UInt8
 
@@ -60,3 +61,8 @@ def pinned(batch: T) -> T:
     values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     tensors = {name: v.pin_memory() for name, v in values.items() if isinstance(v, Tensor)}
     return dataclasses.replace(batch, **tensors)
+
+
+def to_unit(images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+    """Pixels 0..255 to [0, 1]."""
+    return images.to(torch.float32) / 255.0

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from drorae.config import digest
+from drorae.data.batches import to_unit
 from drorae.data.images import ImageShards
 from drorae.models.encoder_config import EncoderConfig
-from drorae.shapes import Float, Tensor, UInt8
+from drorae.shapes import Float, Tensor
 from drorae.store.context import StageContext
 from drorae.store.errors import is_s3
 from drorae.store.files import default_cache_path
@@ -229,11 +230,6 @@ def check_kept(
             "expected one folder. Set compute.cache_path to one that all machines share, or use "
             "hidden_states=none."
         )
-
-
-def to_unit(images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
-    """Pixels 0..255 to [0, 1]."""
-    return images.to(torch.float32) / 255.0
 
 
 def hidden_in_step(

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from drorae.data.hidden_states import HiddenStates, to_unit
+from drorae.data.batches import to_unit
+from drorae.data.hidden_states import HiddenStates
 from drorae.shapes import Float, Tensor
 from drorae.tracking import Tracker
 from drorae.training.tokenizer import TokenizerPhase

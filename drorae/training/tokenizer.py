@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from drorae.config import Compute
-from drorae.data.hidden_states import to_unit
+from drorae.data.batches import to_unit
 from drorae.models.decoder import Decoder
 from drorae.shapes import Float, Int, UInt8
 from drorae.training.critic import Critic

@@ -7,7 +7,8 @@ import torch
 from data_fakes import committed, context, job, make_folder, shard_output
 
 from drorae.config import to_json
-from drorae.data.hidden_states import HiddenStates, encoder_digest, to_unit
+from drorae.data.batches import to_unit
+from drorae.data.hidden_states import HiddenStates, encoder_digest
 from drorae.data.images import ImageShards
 from drorae.data.latent_shards import LatentShards
 from drorae.data.latents import LatentJob, run_latents
