@@ -141,7 +141,7 @@ def train_tokenizer(
         see: Frozen encoder, images on the device to hidden states; needed where batches bring none.
 
     Raises:
-        RuntimeError: Loss or gradient not finite; raised before the weights change.
+        Fatal: Loss or gradient not finite; raised before the weights change.
     """
     device, compute = tools.world.device, tools.compute
     state = begin(
