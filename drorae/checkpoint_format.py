@@ -270,7 +270,7 @@ def read_small(uri: str, marker: Marker) -> Any:
     data = torch.empty(source.size_bytes, dtype=torch.uint8)
     source.fill(data)
     source.finish()
-    return torch.load(io.BytesIO(data.numpy()), map_location="cpu", weights_only=True)
+    return torch.load(io.BytesIO(_bytes_of(data)), map_location="cpu", weights_only=True)
 
 
 class CheckedFile:
@@ -353,4 +353,4 @@ def _num_bytes(sizes: Sequence[int], dtype: torch.dtype) -> int:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the host; `view` refuses any other."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data

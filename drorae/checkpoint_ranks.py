@@ -33,7 +33,7 @@ class Ranks:
         together = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if together else 0
         self.count = dist.get_world_size() if together else 1
-        self._group = None
+        self._group: Any = None
         if self.count > 1:
             timeout = timedelta(seconds=timeout_s)
             self._group = dist.new_group(backend="gloo", timeout=timeout)
