@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -235,23 +235,23 @@ class TrainingCheckpoints:
         tensors: dict[str, Tensor],
         small: dict[str, Any],
     ) -> None:
-        """Body of the thread: this rank's files, then what became of those of the others."""
+        """Body of the thread. All ranks come to the same end, at the same time.
+
+        No rank begins the next checkpoint while rank 0 deletes what belongs to none.
+        """
         try:
-            written: Any = _tried(
-                step, lambda: self._write_files(step, layout, ranks, tensors, small)
-            )
-        except Exception as error:  # any failure of a store: it decides nothing about training
-            written = describe_failure(error, rank=ranks.rank)
-        try:
-            written = ranks.exchange(written)
-            for failure in written:
-                if isinstance(failure, Failure):
-                    raise failure_as_error(failure)
-            if ranks.rank == 0:
-                entries = [entry for entries in written for entry in entries]
-                _tried(step, lambda: self._conclude(step, layout.marker(step, entries), entries))
-        except Exception as error:  # likewise, and ranks that went away
-            self._failed.append(error)
+            write = partial(self._write_files, step, layout, ranks, tensors, small)
+            written = ranks.exchange(_tried(step, ranks.rank, write))
+            if not (failures := [found for found in written if isinstance(found, Failure)]):
+                entries = [entry for found in written for entry in cast(list[FileEntry], found)]
+                conclude = partial(self._conclude, step, layout, entries)
+                concluded = ranks.from_main(lambda: _tried(step, 0, conclude))
+                failures = [concluded] if isinstance(concluded, Failure) else []
+        except Exception as error:  # ranks that went away
+            log.warning("checkpoint of step %d was not written: %s", step, error)
+            failures = [describe_failure(error, rank=ranks.rank)]
+        if failures:
+            self._failed.append(failure_as_error(failures[0]))
         else:
             self._failed.clear()
 
@@ -272,9 +272,9 @@ class TrainingCheckpoints:
             entries.append(files.write_with(f"{uri}.pt", lambda target: torch.save(small, target)))
         return entries
 
-    def _conclude(self, step: int, marker: bytes, entries: list[FileEntry]) -> None:
+    def _conclude(self, step: int, layout: Layout, entries: list[FileEntry]) -> None:
         name = _name(step)
-        entry = files.write_bytes(f"{self._uri(name)}.json", marker)
+        entry = files.write_bytes(f"{self._uri(name)}.json", layout.marker(step, entries))
         self._prune(name, {entry.name, *(other.name for other in entries)})
 
     def _prune(self, newest: str, files_of_newest: set[str]) -> None:
@@ -320,17 +320,17 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _tried(step: int, write: Callable[[], T]) -> T:
-    """What `write` returns, tried again after its failures."""
+def _tried(step: int, rank: int, write: Callable[[], T]) -> T | Failure:
+    """What `write` returns, tried again after its failures; the last one if all fail."""
     for wait_s in (*RETRY_AFTER_S, None):
         try:
             return write()
-        except Exception as error:
+        except Exception as error:  # any failure of a store: it decides nothing about training
             log.warning("checkpoint of step %d was not written: %s", step, error)
             if wait_s is None:
-                raise
+                return describe_failure(error, rank=rank)
             time.sleep(wait_s)
-    raise AssertionError("the last try returns or raises")
+    raise AssertionError("the last try returns")
 
 
 def weights_bytes(state: dict[str, Tensor]) -> bytes:

@@ -68,6 +68,7 @@ class Ranks:
         if self.count == 1 or isinstance(tensor, DTensor):
             return
         whole = part.contiguous()
-        dist.broadcast(whole, src=owner, group=None if whole.is_cuda else self._group)
+        raw = whole.view(-1).view(torch.uint8)  # gloo and NCCL do not know every type
+        dist.broadcast(raw, src=owner, group=None if whole.is_cuda else self._group)
         if whole is not part:
             part.copy_(whole)
