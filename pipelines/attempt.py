@@ -7,10 +7,10 @@ job, say what happened: they survive the loss of either side, and lie on S3 when
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from drorae.config import from_json, to_json
+from drorae.config import ACCELERATED, Resources, from_json, to_json
 from drorae.failure import Failure
 from drorae.store import files
 
@@ -45,6 +45,10 @@ class JobSpec:
     """MLflow server or database; None writes no curves."""
     run_ids: dict[str, str]
     """Ids of the runs that this attempt belongs to: `prefect`, `mlflow`."""
+    driver: Resources = field(default_factory=lambda: Resources(cpus=0.0))
+    """What the job's own process takes of a cluster."""
+    workers: Resources = ACCELERATED
+    """What one of its workers or actors takes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from loop_fakes import DIM, TOKENS, MemoryCheckpoints, Rows
+from loop_fakes import DIM, STATS, TOKENS, MemoryCheckpoints, Rows
 from test_diffusion import JOB as DIFFUSION
 from test_diffusion import make_model
 from test_tokenizer import JOB, make_decoder, make_fusion
@@ -91,7 +91,9 @@ def test_recomputation_reaches_every_network_that_knows_it(
     for network, settings in ((model, compute), (plain, Compute(log_every_steps=1))):
         log = Rows()
         tools = dataclasses.replace(make_tools(log=log), compute=settings)
-        train_diffusion(DIFFUSION, network, latent_batches(6, 6), tools, stage="diffusion", seed=0)
+        train_diffusion(
+            DIFFUSION, network, latent_batches(6, 6), tools, stats=STATS, stage="diffusion", seed=0
+        )
         losses.append(log.series("train/loss"))
     assert model.activation_checkpointing
     assert not plain.activation_checkpointing
@@ -128,7 +130,9 @@ def test_time_for_a_checkpoint_is_told_to_all_at_a_log_point(
 
     kept = Late(every=100)
     tools = dataclasses.replace(make_tools(kept), compute=Compute(log_every_steps=4))
-    train_diffusion(DIFFUSION, make_model(), latent_batches(6, 6), tools, stage="guide", seed=0)
+    train_diffusion(
+        DIFFUSION, make_model(), latent_batches(6, 6), tools, stats=STATS, stage="guide", seed=0
+    )
     assert list(kept.saved) == [4]
 
 
