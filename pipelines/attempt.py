@@ -5,17 +5,14 @@ and at the end `result.json` or `error.json`. The files, not the status of a pro
 job, say what happened: they survive the loss of either side, and lie on S3 when the workspace does.
 """
 
-import errno
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from drorae.config import ACCELERATED, Resources, from_json, to_json
+from drorae.failure import Failure
 from drorae.store import files
-
-USER_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,20 +49,6 @@ class JobSpec:
     """What the job's own process takes of a cluster."""
     workers: Resources = ACCELERATED
     """What one of its workers or actors takes."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JobError:
-    """Why an attempt failed: one line for people; the trace is in its log."""
-
-    stage: str
-    """Name of the stage."""
-    type: str
-    """Class of the exception."""
-    message: str
-    """Its message."""
-    is_user_error: bool
-    """Trying again cannot help: the configuration, the data or the machine has to change first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,47 +96,16 @@ def read_spec(uri: str) -> tuple[JobSpec, int]:
     )
 
 
-def write_outcome(uri: str, outcome: JobResult | JobError) -> None:
+def write_outcome(uri: str, outcome: JobResult | Failure) -> None:
     """Write `result.json` or `error.json` into an attempt folder."""
     name = "result.json" if isinstance(outcome, JobResult) else "error.json"
     files.write_json(files.join(uri, name), to_json(outcome))
 
 
-def read_outcome(uri: str) -> JobResult | JobError | None:
+def read_outcome(uri: str) -> JobResult | Failure | None:
     """Return how an attempt ended; None while it has not."""
-    for name, kind in (("result.json", JobResult), ("error.json", JobError)):
+    for name, kind in (("result.json", JobResult), ("error.json", Failure)):
         path = files.join(uri, name)
         if files.exists(path):
             return from_json(kind, files.read_json(path))
     return None
-
-
-def describe_error(stage: str, error: BaseException) -> JobError:
-    """Turn an exception into the one line that people see, looking through the wrappers of Ray."""
-    root = _root_cause(error)
-    is_user_error = isinstance(root, ValueError | FileNotFoundError | ImportError) or any(
-        isinstance(cause, OSError) and cause.errno in USER_ERRNOS for cause in _causes(root)
-    )
-    message = " ".join(str(root).split()) or type(root).__name__
-    return JobError(
-        stage=stage, type=type(root).__name__, message=message, is_user_error=is_user_error
-    )
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """Follow Ray's wrappers to the exception that our own code raised."""
-    seen: set[int] = set()
-    while id(error) not in seen:
-        seen.add(id(error))
-        failures = getattr(error, "worker_failures", None)
-        inner = next(iter(failures.values()), None) if isinstance(failures, dict) else None
-        inner = inner or getattr(error, "cause", None)
-        if isinstance(inner, BaseException):
-            error = inner
-    return error
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__

@@ -29,10 +29,10 @@ TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=64)
 
 
 def _can_retry(_task: Task, _run: TaskRun, state: State) -> bool:
-    """Retry what may work the next time; never a user's error or a run that was stopped."""
+    """Retry what may work the next time; never what would come again or a run that was stopped."""
     error = state.result(raise_on_failure=False)
     return not (
-        isinstance(error, Stopped) or (isinstance(error, StageFailed) and error.error.is_user_error)
+        isinstance(error, Stopped) or (isinstance(error, StageFailed) and error.error.is_final)
     )
 
 
@@ -71,7 +71,7 @@ def drorae(
         force: Stages to build even if their output is there.
         workspace: Folder or s3:// address of the outputs; by default DRORAE_WORKSPACE, else `runs`.
         jobs: Stage jobs at the same time on this machine; by default what the recipe says.
-        retries: Further attempts of a stage that failed for another reason than a user's error.
+        retries: Further attempts of a stage that failed and may work the next time.
         strict_code: Build again what was built by other code.
     """
     request = Request(

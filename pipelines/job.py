@@ -3,7 +3,7 @@
 Both launchers start it, as a local process or as the driver of a Ray job. It reads `job.json`,
 builds the output once (drorae.store decides between reuse, waiting and work), and writes
 `result.json` or `error.json`. The trace of an error goes to the log only. Exit codes: 0 done, 1
-failed, 2 the user has to change something, 143 ended by SIGTERM.
+failed, 2 failed so that trying again cannot help, 143 ended by SIGTERM.
 """
 
 import importlib
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from drorae.config import from_json, to_json
+from drorae.failure import Failure, describe_failure
 from drorae.store.context import StageContext, StageResult
 from drorae.store.stage_run import run_once
 from drorae.store.workspace import StageOutput, Workspace
@@ -104,13 +105,13 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     uri = argv[0]
     try:
-        outcome: attempts.JobResult | attempts.JobError = run_attempt(uri)
+        outcome: attempts.JobResult | Failure = run_attempt(uri)
     except Exception as error:
         log.exception("the stage failed")
-        outcome = attempts.describe_error(uri.rstrip("/").split("/")[-3], error)
+        outcome = describe_failure(error, stage=uri.rstrip("/").split("/")[-3])
     attempts.write_outcome(uri, outcome)
-    if isinstance(outcome, attempts.JobError):
-        return 2 if outcome.is_user_error else 1
+    if isinstance(outcome, Failure):
+        return 2 if outcome.is_final else 1
     return 0
 
 

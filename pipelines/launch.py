@@ -16,13 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from drorae.failure import Failure
 from drorae.store import files
 from drorae.store.context import PROGRESS_NAME
 from drorae.store.patience import patience
 from drorae.store.workspace import WORK_NAME, Workspace
 from pipelines import attempt as attempts
 from pipelines import children
-from pipelines.attempt import JobError, JobResult, JobSpec
+from pipelines.attempt import JobResult, JobSpec
 from pipelines.job import RAY_ADDRESS_PATH_VARIABLE
 from pipelines.ray_head import RayHead
 
@@ -44,7 +45,7 @@ class StageFailed(RuntimeError):
         log_path: Where its trace is.
     """
 
-    def __init__(self, error: JobError, log_path: str):
+    def __init__(self, error: Failure, log_path: str):
         super().__init__(error, log_path)
         self.error = error
         self.log_path = log_path
@@ -148,23 +149,23 @@ def local_log_path(spec: JobSpec, attempt: int) -> Path:
     return Workspace(spec.workspace).log_path(spec.stage, spec.key, attempt)
 
 
-def require_result(outcome: JobResult | JobError, log_path: str) -> JobResult:
+def require_result(outcome: JobResult | Failure, log_path: str) -> JobResult:
     """Return the result, or raise what the job's error says."""
-    if isinstance(outcome, JobError):
+    if isinstance(outcome, Failure):
         raise StageFailed(outcome, log_path)
     return outcome
 
 
-def _lost(spec: JobSpec, returncode: int, log_path: Path) -> JobError:
+def _lost(spec: JobSpec, returncode: int, log_path: Path) -> Failure:
     """Explain the end of a process that could not write its outcome."""
     if shutil.disk_usage(log_path.parent).free < FULL_DISK_BYTES:
         message = f"no space left on the disk of {log_path.parent}; free some and run again."
-        return JobError(stage=spec.stage, type="OSError", message=message, is_user_error=True)
+        return Failure(stage=spec.stage, type="OSError", message=message, is_final=True)
     cause = f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
     message = (
         f"the job's process ended with {cause} and left no result; last line: {_tail(log_path)}"
     )
-    return JobError(stage=spec.stage, type="RuntimeError", message=message, is_user_error=False)
+    return Failure(stage=spec.stage, type="RuntimeError", message=message, is_final=False)
 
 
 def _tail(log_path: Path) -> str:

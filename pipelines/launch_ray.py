@@ -12,8 +12,9 @@ import time
 from typing import Any
 
 from drorae.config import Resources
+from drorae.failure import Failure
 from pipelines import attempt as attempts
-from pipelines.attempt import JobError, JobResult, JobSpec
+from pipelines.attempt import JobResult, JobSpec
 from pipelines.launch import OnProgress, ProgressFollower, Stopped, require_result
 
 POLL_S = 1.0
@@ -91,7 +92,7 @@ class RayJobLauncher:
 
     def _follow(
         self, spec: JobSpec, attempt: int, follower: ProgressFollower
-    ) -> JobResult | JobError:
+    ) -> JobResult | Failure:
         uri, name = attempts.attempt_uri(spec, attempt), submission_id(spec, attempt)
         next_status_s = time.monotonic() + STATUS_EVERY_S
         answered_s = time.monotonic()
@@ -164,6 +165,6 @@ def submission_id(spec: JobSpec, attempt: int) -> str:
     return f"{spec.stage}-{spec.key}-a{attempt}"
 
 
-def _lost(spec: JobSpec, name: str, status: str | None) -> JobError:
+def _lost(spec: JobSpec, name: str, status: str | None) -> Failure:
     message = f"Ray job {name} ended with status {status or 'unknown'} and left no result."
-    return JobError(stage=spec.stage, type="RuntimeError", message=message, is_user_error=False)
+    return Failure(stage=spec.stage, type="RuntimeError", message=message, is_final=False)

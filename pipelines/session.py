@@ -149,9 +149,9 @@ class Session:
             raise
         except StageFailed as failure:
             self._runs.finish_stage(stage.name, "FAILED")
-            # A user's error ends the run, whose last line tells it; others are tried again.
+            # What is final ends the run, whose last line tells it; others are tried again.
             error = failure.error
-            told = f"see {failure.log_path}" if error.is_user_error else error.message
+            told = f"see {failure.log_path}" if error.is_final else error.message
             self._display.note(f"{stage.name}: failed: {told}")
             raise
         self._runs.finish_stage(stage.name, "FINISHED")

@@ -8,12 +8,12 @@ themselves, atomically and under fixed names, and return a small JSON result. Th
 import functools
 import json
 import logging
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
-from drorae.config import Compute, Resources
+from drorae.config import Compute, Resources, from_json, to_json
+from drorae.failure import Failure, describe_failure, failure_as_error
 from drorae.store import files
 
 PLAIN = Resources()
@@ -145,7 +145,8 @@ def run_on_ray(
     actor is enough. An actor takes one task at a time, so that the last ones end together.
 
     Raises:
-        ValueError: As a task raised it; likewise FileNotFoundError.
+        ValueError: As a task raised it; likewise FileNotFoundError and ImportError.
+        Fatal: Another error of a task that would come again.
         RuntimeError: Any other error of a task.
     """
     # Ray starts slowly and a process that only reads shards never needs it.
@@ -173,7 +174,7 @@ def run_on_ray(
     )
     for row in results.iter_rows():
         if row["error"]:
-            raise _as_raised(row["name"], json.loads(row["error"]))
+            raise failure_as_error(from_json(Failure, json.loads(row["error"])))
         yield row["name"], json.loads(row["result"])
 
 
@@ -189,14 +190,6 @@ def num_actors(compute: Compute, worker: Resources, available: Mapping[str, floa
     if not (compute.use_gpu and worker.gpus):
         return compute.data_actors
     return max(1, int(available.get("GPU", 0.0) / worker.gpus))
-
-
-def _as_raised(name: str, error: dict[str, str]) -> Exception:
-    kinds = {"ValueError": ValueError, "FileNotFoundError": FileNotFoundError}
-    kind = kinds.get(error["type"], RuntimeError)
-    again = kind(f"shard {name} failed: {error['message']}")
-    again.add_note(error["trace"])
-    return again
 
 
 class _RayRow:
@@ -222,7 +215,6 @@ class _RayRow:
         try:
             result = self._worker(ShardTask(name, json.loads(row["payload"])))
         except Exception as error:
-            record = {"type": type(error).__name__, "message": str(error)}
-            record["trace"] = traceback.format_exc()
-            return {"name": name, "result": "", "error": json.dumps(record)}
+            failure = to_json(describe_failure(error, task=name))
+            return {"name": name, "result": "", "error": json.dumps(failure)}
         return {"name": name, "result": json.dumps(result), "error": ""}

@@ -335,12 +335,17 @@ def sha256_of(uri: str) -> str:
         FileNotFoundError: If there is none.
     """
     total = hashlib.sha256()
-    for chunk in _chunks(uri):
+    for chunk in read_chunks(uri):
         total.update(chunk)
     return total.hexdigest()
 
 
-def _chunks(uri: str) -> Iterator[bytes]:
+def read_chunks(uri: str) -> Iterator[bytes]:
+    """Content of a file in pieces of at most 8 MiB, from start to end.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
     with clear_errors(uri):
         if is_s3(uri):
             client = s3.filesystem()
@@ -387,7 +392,7 @@ def _fetch(uri: str, objects: Path, sha256: str | None) -> Path:
     found = hashlib.sha256()
 
     def hashed() -> Iterator[bytes]:
-        for chunk in _chunks(uri):
+        for chunk in read_chunks(uri):
             found.update(chunk)
             yield chunk
 

@@ -152,7 +152,7 @@ def train_diffusion(
         seed: Seed of the run.
 
     Raises:
-        RuntimeError: Loss or gradient not finite; raised before the weights change.
+        Fatal: Loss or gradient not finite; raised before the weights change.
     """
     device, compute = tools.world.device, tools.compute
     model.to(device).eval()  # labels are dropped in draw_step, not inside the network

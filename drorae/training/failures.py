@@ -8,17 +8,17 @@ that fell silent first, is named.
 
 import logging
 import time
-import traceback
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import distributed as dist
 
 from drorae.config import from_json, to_json
+from drorae.failure import Failure, describe_failure, failure_as_error
 from drorae.store import files
 from drorae.training.watchdog import RankReport, read_reports
 
-__all__ = ["Failure", "describe", "first_failure", "record_error", "record_hang", "start_group"]
+__all__ = ["describe", "first_failure", "record_error", "record_hang", "start_group"]
 
 LOSS_GRACE_S = 3.0
 """How long a rank that lost a connection waits before it says so: a process that was killed is
@@ -26,25 +26,10 @@ known to Ray within a second, and it is the cause."""
 
 LOSS_TEXTS = ("gloo/transport", "connection closed by peer", "connection reset by peer", "nccl")
 
+LOST_OTHERS = "LostOthers"
+"""Type of a failure that only says that other ranks went away."""
+
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Failure:
-    """The first error of a group of workers."""
-
-    rank: int
-    """Rank at fault."""
-    type: str
-    """Class of the exception; `Hang` for a loop that stood still."""
-    message: str
-    """Its message."""
-    trace: str
-    """Its trace."""
-    errno: int | None
-    """Number of the system error among its causes."""
-    lost_others: bool
-    """Whether it only says that other ranks went away."""
 
 
 def start_group(ranks_uri: str, group: str, rank: int, world_size: int) -> str:
@@ -58,27 +43,16 @@ def start_group(ranks_uri: str, group: str, rank: int, world_size: int) -> str:
 
 def record_error(folder_uri: str, rank: int, error: Exception) -> None:
     """Keep an exception of this rank if it is the first of the group; never raises."""
-    lost_others = _lost_others(error)
-    if lost_others:
+    failure = describe_failure(error, rank=rank)
+    if _lost_others(error):
         time.sleep(LOSS_GRACE_S)
-    numbers = [cause.errno for cause in _causes(error) if isinstance(cause, OSError)]
-    failure = Failure(
-        rank=rank,
-        type=type(error).__name__,
-        message=str(error),
-        trace=traceback.format_exc(),
-        errno=next((number for number in numbers if number), None),
-        lost_others=lost_others,
-    )
+        failure = replace(failure, type=LOST_OTHERS)
     _record(folder_uri, failure)
 
 
 def record_hang(folder_uri: str, rank: int, message: str) -> None:
     """Keep what a watchdog found, if it is the first error of the group; never raises."""
-    failure = Failure(
-        rank=rank, type="Hang", message=message, trace="", errno=None, lost_others=False
-    )
-    _record(folder_uri, failure)
+    _record(folder_uri, Failure(rank=rank, type="Hang", message=message, is_final=False))
 
 
 def _record(folder_uri: str, failure: Failure) -> None:
@@ -86,7 +60,7 @@ def _record(folder_uri: str, failure: Failure) -> None:
         content = files.encode_json(to_json(failure))
         files.create_exclusive(files.join(folder_uri, "first_error.json"), content)
     except Exception as error:  # a full disk or an absent store must not hide the first error
-        log.error("the error of rank %d was not recorded: %s", failure.rank, error)
+        log.error("the error of rank %s was not recorded: %s", failure.rank, error)
 
 
 def first_failure(ranks_uri: str) -> tuple[Failure | None, dict[int, RankReport]]:
@@ -122,8 +96,8 @@ def describe(
         vanished: Ranks whose process Ray lost.
         error: What Ray raised.
     """
-    if failure is not None and not failure.lost_others:
-        return _told_by_rank(stage, failure)
+    if failure is not None and failure.type != LOST_OTHERS:
+        return failure_as_error(replace(failure, stage=stage))
     lost = sorted(vanished) or _silent_first(failure, reports)
     if lost:
         names = ", ".join(str(reports.get(rank, f"rank {rank}")) for rank in lost)
@@ -133,13 +107,6 @@ def describe(
             "then run again: the stage continues from its last checkpoint."
         )
     return RuntimeError(f"{stage}: training stopped without an error of its own: {error}")
-
-
-def _told_by_rank(stage: str, failure: Failure) -> Exception:
-    kinds = {"ValueError": ValueError, "FileNotFoundError": FileNotFoundError}
-    kind = kinds.get(failure.type, RuntimeError)
-    prefix = "" if kind is not RuntimeError else f"{stage}, rank {failure.rank}: "
-    return kind(f"{prefix}{failure.message}")
 
 
 def _silent_first(failure: Failure | None, reports: dict[int, RankReport]) -> list[int]:
@@ -154,9 +121,3 @@ def _lost_others(error: Exception) -> bool:
     text = str(error).lower()
     is_distributed = isinstance(error, dist.DistError) or type(error) is RuntimeError
     return is_distributed and any(words in text for words in LOSS_TEXTS)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from drorae.config import canonical_json
+from drorae.failure import Fatal
 from drorae.training.parallel import agreed
 from drorae.training.world import World
 
@@ -78,13 +79,13 @@ class FiniteGuard:
         """Raise if any step so far was bad and the policy is to stop (one host synchronisation).
 
         Raises:
-            RuntimeError: Names the first bad step and the configuration.
+            Fatal: Names the first bad step and the configuration.
         """
         if self._policy == "skip":
             return
         step = int(self._first_bad_step)
         if step >= 0:
-            raise RuntimeError(
+            raise Fatal(
                 f"{stage}: loss or gradient norm is not finite at step {step}; the weights were "
                 "not changed from there on. Lower optim.lr, set optim.clip_norm, or use "
                 "precision=float32; then rerun the stage, it continues from its last checkpoint. "

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from drorae.failure import Fatal
 from drorae.training.ema import averaged
 from drorae.training.guards import SPIKE_SCORE, SPIKE_WINDOW, FiniteGuard, spike_score
 from drorae.training.loop import LoopTools
-from drorae.training.saved import gather, put_back
+from drorae.training.saved import put_back, save
 from drorae.training.state import TrainState
 from drorae.training.watchdog import unhurried
 from drorae.training.world import mean_over_ranks
@@ -52,7 +53,7 @@ def log_step(
         ids_digest: Checksum of the global batch.
 
     Raises:
-        RuntimeError: A loss or gradient since the last log point was not finite.
+        Fatal: A loss or gradient since the last log point was not finite.
     """
     state.meter.count(batch_images)
     state.data_digest = zlib.crc32(ids_digest.to_bytes(4, "little"), state.data_digest)
@@ -112,16 +113,14 @@ def _roll_back(state: TrainState, tools: LoopTools, job: object) -> None:
     """Put weights, moments and averages back; the step, and so the data, goes on.
 
     Raises:
-        RuntimeError: Nothing to go back to, or training was there before.
+        Fatal: Nothing to go back to, or training was there before.
     """
     at, history, digest, best = state.step, state.history, state.data_digest, state.best
     counts = [guard.state_dict() for guard in _guards(state)]
     was_there = state.rolled_back_at
-    found = put_back(
-        state, tools.checkpoints.latest() if tools.world.is_main else None, tools.world
-    )
+    found = put_back(state, tools.checkpoints)
     if not found or state.step <= was_there:
-        raise RuntimeError(
+        raise Fatal(
             f"{state.name}: {tools.compute.rollback_after_skips} steps in a row up to step {at} "
             "had a loss or gradient that is not finite, and "
             + ("going back to the last checkpoint did not help. " if found else "no checkpoint. ")
@@ -173,7 +172,7 @@ def save_if_due(state: TrainState, tools: LoopTools, job: object) -> None:
     """Write a checkpoint when one is due; never one of a bad step.
 
     Raises:
-        RuntimeError: A loss or gradient since the last check was not finite.
+        Fatal: A loss or gradient since the last check was not finite.
     """
     if state.step >= state.num_steps:
         return
@@ -185,6 +184,4 @@ def save_if_due(state: TrainState, tools: LoopTools, job: object) -> None:
         return  # the weights may be what makes the losses bad: keep the one before
     state.save_asked = False
     with unhurried("checkpoint"):
-        saved = gather(state, tools.world)
-        if tools.world.is_main:
-            tools.checkpoints.save(state.step, saved)
+        save(state, tools.checkpoints)

@@ -13,10 +13,17 @@ __all__ = ["Checkpointing", "LoopTools", "TrainReport"]
 
 
 class Checkpointing(Protocol):
-    """Where a loop keeps its state. Only rank 0 reads and writes."""
+    """Where a loop keeps its state. Every rank reads and writes its part."""
 
-    def latest(self) -> dict[str, Any] | None:
-        """Newest saved state, on the CPU; None if there is none."""
+    def restore(self, tensors: Callable[[], Mapping[str, Tensor]]) -> dict[str, Any] | None:
+        """Fill tensors with the newest saved ones (a collective).
+
+        Args:
+            tensors: Gives those to fill; called if there is something to fill them with.
+
+        Returns:
+            The small state saved with them; None, and nothing filled, if there is none.
+        """
         ...
 
     def due(self, step: int) -> bool:
@@ -27,8 +34,14 @@ class Checkpointing(Protocol):
         """Whether so much time has passed that the next log point should save."""
         ...
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Keep the state after `step` finished steps; the loop goes on changing its tensors."""
+    def save(self, step: int, tensors: Mapping[str, Tensor], small: dict[str, Any]) -> None:
+        """Keep the state after `step` finished steps; the loop goes on changing its tensors.
+
+        Args:
+            step: Finished steps.
+            tensors: Weights, moments and averages by name, the same names on every rank.
+            small: Everything else, on rank 0.
+        """
         ...
 
 

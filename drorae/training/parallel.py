@@ -7,7 +7,7 @@ DTensors: arithmetic goes to the shard of this rank (`local`), files and evaluat
 no parameter changes, and whatever swaps weights in place reaches the compiled code.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from drorae.config import Compute
 from drorae.training.world import World, wrap_ddp
@@ -27,10 +27,10 @@ __all__ = [
     "is_sharded",
     "local",
     "set_recompute",
-    "sharded_like",
     "total_norm",
     "unwrapped",
     "whole",
+    "whole_on_main",
 ]
 
 COMPILE_BACKEND = "inductor"
@@ -118,13 +118,14 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded_like(full: Tensor, like: Tensor) -> Tensor:
-    """A full tensor that every rank has, cut as another one is; no communication."""
-    if not isinstance(like, DTensor):
-        return full.to(like.device)
-    return distribute_tensor(
-        full.to(like.device), like.device_mesh, like.placements, src_data_rank=None
-    )
+def whole_on_main(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Full tensors on rank 0, gathered one by one; of sharded ones the others get nothing."""
+    found = {}
+    for name, value in tensors.items():
+        full = whole(value.detach())
+        if world.is_main or full is value:
+            found[name] = full.cpu() if full is not value and full.is_cuda else full
+    return found
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:

@@ -19,13 +19,14 @@ import ray
 import ray.train
 import torch
 from ray.exceptions import RayActorError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.placement_group import get_current_placement_group
 
 from drorae.checkpoint import newest_step
 from drorae.config import Compute, Resources, from_json, to_json
 from drorae.data.ray_session import connect_ray
+from drorae.failure import is_final
 from drorae.store import files
 from drorae.store.context import StageContext, StageResult
 from drorae.training.failures import (
@@ -66,6 +67,7 @@ def train_on_ray(ctx: StageContext, train: TrainFunction, sections: dict[str, An
 
     Raises:
         ValueError: What a worker raised for a user's mistake, as it was raised.
+        Fatal: Another failure that would come again; like the former after the first one.
         RuntimeError: Any other failure after all restarts without a new checkpoint, naming the
             first exception of the group, or the rank that vanished without one.
     """
@@ -79,6 +81,8 @@ def train_on_ray(ctx: StageContext, train: TrainFunction, sections: dict[str, An
             _fit(ctx, train, sections, number)
             break
         except (RayActorError, RuntimeError) as error:
+            if is_final(error):
+                raise
             before, reached = reached, max(reached, _newest_step(ctx))
             lost = lost if reached == before else 0
             if isinstance(error, RayActorError):
@@ -163,8 +167,19 @@ def _trainer(
                 max_preemption_failures=-1,
                 controller_failure_limit=-1,
             ),
+            callbacks=[_EndIfFinal()],
         ),
     )
+
+
+class _EndIfFinal(UserCallback):
+    """Ends the run in place of a restart, in the controller, which then ends the other ranks."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raise the first exception that would come again; Ray retries no error of a callback."""
+        for error in worker_exceptions.values():
+            if is_final(error):
+                raise error
 
 
 def _resources(worker: Resources, use_gpu: bool) -> dict[str, float]:
@@ -253,6 +268,6 @@ def _raise_first(ctx: StageContext, error: Exception) -> None:
     # A rank's own exception arrives as it was raised; what Ray found out comes in its own classes.
     vanished = [rank for rank, e in failures.items() if type(e).__name__.startswith("WorkerHealth")]
     told = describe(ctx.stage, failure, reports, vanished, error)
-    if failure is not None and failure.errno is not None:
-        raise told from OSError(failure.errno, os.strerror(failure.errno))
-    raise told from error
+    if told.__cause__ is None:
+        raise told from error
+    raise told

@@ -242,6 +242,7 @@ class _Tools:
             every_s=compute.save_every_s,
             keep=compute.keep_checkpoints,
             keep_every_steps=compute.keep_every_steps,
+            timeout_s=compute.collective_timeout_s,
         )
 
     def __enter__(self) -> LoopTools:

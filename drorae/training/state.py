@@ -27,8 +27,8 @@ from drorae.training.optim import (
     learning_rate,
     set_learning_rate,
 )
-from drorae.training.parallel import gradient_sync, unwrapped
-from drorae.training.saved import put_back, whole_on_main
+from drorae.training.parallel import gradient_sync, unwrapped, whole_on_main
+from drorae.training.saved import put_back
 from drorae.training.world import World
 
 __all__ = [
@@ -135,7 +135,7 @@ def begin(
         meter=Meter(),
         extra=extra,
     )
-    put_back(state, tools.checkpoints.latest() if world.is_main else None, world)
+    put_back(state, tools.checkpoints)
     if state.history and world.is_main:
         tools.catch_up(tuple(state.history))
     return state

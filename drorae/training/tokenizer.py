@@ -143,7 +143,7 @@ def train_tokenizer(
             bring none.
 
     Raises:
-        RuntimeError: Loss or gradient not finite; raised before the weights change.
+        Fatal: Loss or gradient not finite; raised before the weights change.
     """
     device, compute = tools.world.device, tools.compute
     state = begin(

@@ -10,7 +10,7 @@ import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -79,9 +79,9 @@ class Timed:
 class Measured(TrainingCheckpoints):
     """Checkpoints that record how long the loop stands still and how long a write takes."""
 
-    def measure(self, step: int, state: dict[str, Any]) -> tuple[float, float]:
+    def measure(self, step: int, kept: "_Keeping") -> tuple[float, float]:
         start = time.perf_counter()
-        self.save(step, state)
+        self.save(step, kept.tensors, kept.small)
         blocked_s = time.perf_counter() - start
         self.wait()
         return blocked_s, time.perf_counter() - start
@@ -102,17 +102,17 @@ def _row(name: str, prepare: Callable, device: torch.device, sizes: str, repeats
     compute = Compute(save_every_steps=500)
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Measured(work_uri=folder, every_steps=num_steps + 1, every_s=1e9, keep=2)
-        last: dict[str, Any] = {}
+        kept = _Keeping(checkpoints, num_steps - 1)
         tools = LoopTools(
             world=World(device=device),
             compute=compute,
-            checkpoints=_Keeping(checkpoints, num_steps - 1, last),
+            checkpoints=kept,
             log=lambda row, step: None,
             progress=lambda done, total: None,
         )
         timed = prepare(device, sizes, num_steps, tools)
-        checkpoints.measure(1, last)  # fills the buffers, as the first save of a stage does
-        blocked_s, whole_s = checkpoints.measure(2, last)
+        checkpoints.measure(1, kept)  # fills the buffers, as the first save of a stage does
+        blocked_s, whole_s = checkpoints.measure(2, kept)
     step_s = statistics.median(timed.stage_s[WARM_UP:])
     interval_s = min(compute.save_every_steps * step_s, compute.save_every_s)
     return {
@@ -133,9 +133,10 @@ class _Keeping:
 
     checkpoints: TrainingCheckpoints
     at: int
-    last: dict[str, Any]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    small: dict[str, Any] = field(default_factory=dict)
 
-    def latest(self) -> None:
+    def restore(self, tensors: Any) -> None:
         return None
 
     def due(self, step: int) -> bool:
@@ -144,8 +145,8 @@ class _Keeping:
     def overdue(self) -> bool:
         return False
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        self.last |= state
+    def save(self, step: int, tensors: Mapping[str, Tensor], small: dict[str, Any]) -> None:
+        self.tensors, self.small = tensors, small
 
 
 def bare_step(module: nn.Module, loss_of: Callable[[], Tensor], optim: Any, decay: float) -> Step:

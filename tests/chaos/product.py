@@ -153,7 +153,7 @@ class Run:
                     return
                 except StageFailed as failure:
                     self.errors.append(str(failure))
-                    if self.attempts == ATTEMPTS or failure.error.is_user_error:
+                    if self.attempts == ATTEMPTS or failure.error.is_final:
                         raise
         except BaseException as error:
             self._failure = error

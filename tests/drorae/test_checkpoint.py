@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from drorae import checkpoint
 from drorae.checkpoint import Snapshot, TrainingCheckpoints, load_weights, weights_bytes
+from drorae.failure import Fatal
 from drorae.store import atomic, files
 
 
@@ -19,40 +21,57 @@ def make(folder: Path, keep: int = 2, **more: Any) -> TrainingCheckpoints:
     )
 
 
-def state(step: int) -> dict:
-    return {"step": step, "module": {"w": torch.full((64,), float(step))}, "history": [{"a": 1.0}]}
+def tensors(step: int = 0) -> dict[str, Tensor]:
+    """Of several types and shapes, with content that tells the step."""
+    return {
+        "w": torch.full((8, 8), float(step)),
+        "half": torch.full((3,), float(step), dtype=torch.bfloat16),
+        "flag": torch.tensor([True, False, step % 2 == 0]),
+        "count": torch.tensor(step),
+        "none": torch.zeros(0, 4),
+    }
+
+
+def start_save(checkpoints: TrainingCheckpoints, step: int) -> None:
+    checkpoints.save(step, tensors(step), {"step": step, "history": [{"a": float("nan")}]})
 
 
 def save(checkpoints: TrainingCheckpoints, *steps: int) -> None:
     for step in steps:
-        checkpoints.save(step, state(step))
+        start_save(checkpoints, step)
     checkpoints.wait()
+
+
+def restored(checkpoints: TrainingCheckpoints) -> int | None:
+    """The step that a loop would continue from, with the tensors of that step; None: none."""
+    found = tensors()
+    small = checkpoints.restore(lambda: found)
+    expected = tensors(0 if small is None else small["step"])
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    return None if small is None else small["step"]
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-def pairs(*steps: int) -> list[str]:
-    return [f"step-{step:08d}.{end}" for step in steps for end in ("json", "pt")]
+def files_of(*steps: int) -> list[str]:
+    return [f"step-{step:08d}.{end}" for step in steps for end in ("0.bin", "json", "pt")]
 
 
 def test_the_newest_checkpoint_is_chosen_and_old_ones_are_deleted(tmp_path: Path) -> None:
     checkpoints = make(tmp_path)
-    assert checkpoints.latest() is None
+    assert restored(checkpoints) is None
     save(checkpoints, 5, 10, 15)
-    found = make(tmp_path).latest()
-    assert found is not None
-    assert found["step"] == 15
-    assert torch.equal(found["module"]["w"], torch.full((64,), 15.0))
-    assert names(tmp_path) == pairs(10, 15)
+    assert restored(make(tmp_path)) == 15
+    assert names(tmp_path) == files_of(10, 15)
 
 
 def test_milestones_are_kept_and_saved_between_the_others(tmp_path: Path) -> None:
     checkpoints = make(tmp_path, keep_every_steps=8)
     assert [s for s in range(1, 17) if checkpoints.due(s)] == [5, 8, 10, 15, 16]
     save(checkpoints, 5, 8, 10, 15, 16, 20)
-    assert names(tmp_path) == pairs(8, 16, 20)
+    assert names(tmp_path) == files_of(8, 16, 20)
 
 
 def test_a_torn_or_unmarked_checkpoint_is_never_chosen(
@@ -63,20 +82,21 @@ def test_a_torn_or_unmarked_checkpoint_is_never_chosen(
     folder = tmp_path / "checkpoints"
     (folder / "step-00000025.json").unlink()
     (folder / "step-00000020.json").write_text('{"step": 2')
-    torn = folder / "step-00000015.pt"
+    torn = folder / "step-00000015.0.bin"
     torn.write_bytes(torn.read_bytes()[:-1] + b"x")
     (folder / "step-00000010.pt").unlink()
-    found = checkpoints.latest()
-    assert found is not None
-    assert found["step"] == 5
-    for step in (20, 15, 10):
-        assert f"step-{step:08d}.pt is left out" in caplog.text
+    assert restored(checkpoints) == 5
+    for name in ("step-00000020.json", "step-00000015.0.bin", "step-00000010.pt"):
+        assert f"{name} is left out" in caplog.text
     assert "step-00000025" not in caplog.text
 
 
-def test_whatever_byte_is_lost_or_changed_the_one_before_is_chosen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["step-00000010.pt", "step-00000010.0.bin"])
+def test_whatever_byte_is_lost_or_changed_the_one_before_is_chosen(
+    tmp_path: Path, file: str
+) -> None:
     save(make(tmp_path), 5, 10)
-    path = tmp_path / "checkpoints" / "step-00000010.pt"
+    path = tmp_path / "checkpoints" / file
     data = path.read_bytes()
     draw = random.Random(0)
     for offset in [0, len(data) - 1, *(draw.randrange(len(data)) for _ in range(48))]:
@@ -85,9 +105,25 @@ def test_whatever_byte_is_lost_or_changed_the_one_before_is_chosen(tmp_path: Pat
             data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :],
         ):
             path.write_bytes(damaged)
-            found = make(tmp_path).latest()
-            assert found is not None
-            assert found["step"] == 5
+            assert restored(make(tmp_path)) == 5
+
+
+def test_no_tensor_is_changed_without_an_intact_checkpoint(tmp_path: Path) -> None:
+    save(make(tmp_path), 5)
+    (tmp_path / "checkpoints" / "step-00000005.pt").write_bytes(b"torn")
+    assert restored(make(tmp_path)) is None
+
+
+def test_checkpoints_of_another_format_or_of_other_tensors_are_refused(tmp_path: Path) -> None:
+    save(make(tmp_path), 5)
+    with pytest.raises(Fatal, match=r"w has the shape \(8, 8\) in the .* and \(9,\) in the model"):
+        make(tmp_path).restore(lambda: tensors() | {"w": torch.zeros(9)})
+    with pytest.raises(Fatal, match=r"more has the shape None in the checkpoint"):
+        make(tmp_path).restore(lambda: tensors() | {"more": torch.zeros(9)})
+    marker = tmp_path / "checkpoints" / "step-00000005.json"
+    marker.write_text(marker.read_text().replace('"format":3', '"format":99'))
+    with pytest.raises(Fatal, match="has format 99: expected 3"):
+        restored(make(tmp_path))
 
 
 def dying_after(budget: int) -> Callable[..., Any]:
@@ -122,7 +158,7 @@ def write_and_die(folder: Path, step: int, budget: int) -> int:
     child = os.fork()
     if child == 0:
         atomic.open = dying_after(budget)  # type: ignore[attr-defined]
-        make(folder)._write_pair(step, state(step))
+        save(make(folder), step)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -131,33 +167,28 @@ def test_a_process_killed_at_any_byte_of_a_write_leaves_the_last_complete_one(
     tmp_path: Path,
 ) -> None:
     save(make(tmp_path), 5, 10)
-    size = (tmp_path / "checkpoints" / "step-00000010.pt").stat().st_size
-    marker = (tmp_path / "checkpoints" / "step-00000010.json").stat().st_size
+    sizes = [(tmp_path / "checkpoints" / name).stat().st_size for name in files_of(10)]
+    parts, whole = sizes[0] + sizes[2], sum(sizes)
     draw, chosen = random.Random(1), []
-    offsets = [0, size - 1, size, size + marker - 1, size + marker]
-    for offset in sorted(offsets + [draw.randrange(size + marker) for _ in range(50)]):
+    offsets = [0, parts - 1, parts, whole - 1, whole]
+    for offset in sorted(offsets + [draw.randrange(whole) for _ in range(50)]):
         status = write_and_die(tmp_path, 15, offset)
-        found = make(tmp_path).latest()
-        assert found is not None
-        assert torch.equal(found["module"]["w"], torch.full((64,), float(found["step"])))
-        chosen.append((status, found["step"]))
+        chosen.append((status, restored(make(tmp_path))))
     assert chosen == [(9, 10)] * 54 + [(0, 15)]
-    assert names(tmp_path) == pairs(10, 15)  # what the killed ones left is gone too
+    assert names(tmp_path) == files_of(10, 15)  # what the killed ones left is gone too
 
 
 def test_a_rewritten_checkpoint_is_not_vouched_for_by_its_old_marker(tmp_path: Path) -> None:
     save(make(tmp_path), 5, 10)
     assert write_and_die(tmp_path, 10, 100) == 9
-    found = make(tmp_path).latest()
-    assert found is not None
-    assert found["step"] == 5
+    assert restored(make(tmp_path)) == 5
 
 
 def test_damaged_newer_ones_do_not_displace_what_training_continued_from(tmp_path: Path) -> None:
     save(make(tmp_path), 5, 10, 15)
     (tmp_path / "checkpoints" / "step-00000015.pt").write_bytes(b"torn")
     save(make(tmp_path), 12)
-    assert names(tmp_path) == pairs(10, 12)
+    assert names(tmp_path) == files_of(10, 12)
 
 
 def test_the_loop_goes_on_while_one_write_is_under_way_and_waits_for_it_at_the_next(
@@ -167,11 +198,11 @@ def test_the_loop_goes_on_while_one_write_is_under_way_and_waits_for_it_at_the_n
     monkeypatch.setattr(
         files, "write_with", lambda uri, write: (may_write.wait(20), real(uri, write))[1]
     )
-    running = state(5)
-    checkpoints.save(5, running)
-    running["module"]["w"].zero_()  # the next step
-    assert make(tmp_path).latest() is None
-    second = threading.Thread(target=lambda: checkpoints.save(10, state(10)))
+    running = tensors(5)
+    checkpoints.save(5, running, {"step": 5})
+    running["w"].zero_()  # the next step
+    assert restored(make(tmp_path)) is None
+    second = threading.Thread(target=lambda: start_save(checkpoints, 10))
     second.start()
     second.join(0.2)
     assert second.is_alive()
@@ -179,9 +210,7 @@ def test_the_loop_goes_on_while_one_write_is_under_way_and_waits_for_it_at_the_n
     second.join(20)
     checkpoints.wait()
     (tmp_path / "checkpoints" / "step-00000010.json").unlink()
-    found = make(tmp_path).latest()
-    assert found is not None
-    assert torch.equal(found["module"]["w"], torch.full((64,), 5.0))
+    assert restored(make(tmp_path)) == 5
 
 
 def test_a_write_is_tried_again_and_only_repeated_failures_stop_training(
@@ -198,18 +227,18 @@ def test_a_write_is_tried_again_and_only_repeated_failures_stop_training(
 
     monkeypatch.setattr(files, "write_with", failing)
     save(checkpoints, 5)
-    assert names(tmp_path) == pairs(5)
+    assert names(tmp_path) == files_of(5)
     assert caplog.text.count("step 5 was not written: disk full") == 2
 
     failures.extend([OSError("disk full")] * 3)
     save(checkpoints, 10)
-    assert names(tmp_path) == pairs(5)
+    assert names(tmp_path) == files_of(5)
     save(checkpoints, 15)  # one failure is forgiven
-    assert names(tmp_path) == pairs(5, 15)
+    assert names(tmp_path) == files_of(5, 15)
     failures.extend([OSError("disk full")] * 6)
     save(checkpoints, 20, 25)
     with pytest.raises(RuntimeError, match="last 2 training checkpoints could not be written"):
-        checkpoints.save(30, state(30))
+        start_save(checkpoints, 30)
 
 
 def test_a_checkpoint_is_due_by_steps_and_by_time(tmp_path: Path) -> None:

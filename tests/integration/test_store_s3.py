@@ -75,14 +75,15 @@ def test_training_checkpoints_live_on_s3(s3_uri):
 
     checkpoints = make()
     for step in (1, 2, 3):
-        checkpoints.save(step, {"step": step, "weights": torch.full((1000,), float(step))})
+        weights = {"weights": torch.full((1000,), float(step))}
+        checkpoints.save(step, weights, {"step": step})
     checkpoints.wait()
     folder = f"{s3_uri}/checkpoints"
-    names = [f"step-{step:08d}.{end}" for step in (2, 3) for end in ("json", "pt")]
+    names = [f"step-{step:08d}.{end}" for step in (2, 3) for end in ("0.bin", "json", "pt")]
     assert files.list_files(folder) == names
-    files.write_bytes(f"{folder}/step-00000003.pt", b"torn")
-    found = make().latest()
-    assert found["step"] == 2
+    files.write_bytes(f"{folder}/step-00000003.0.bin", b"torn")
+    found = {"weights": torch.zeros(1000)}
+    assert make().restore(lambda: found) == {"step": 2}
     assert torch.equal(found["weights"], torch.full((1000,), 2.0))
 
 

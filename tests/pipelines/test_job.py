@@ -11,9 +11,10 @@ import pytest
 from fake_graph import stages as fake
 
 from drorae.config import to_json
+from drorae.failure import Failure
 from drorae.store.workspace import Workspace
 from pipelines import attempt, job, stages
-from pipelines.attempt import JobError, JobResult, JobSpec
+from pipelines.attempt import JobResult, JobSpec
 from pipelines.launch import LocalLauncher, StageFailed, Stopped
 
 
@@ -66,8 +67,8 @@ def test_a_users_error_has_its_own_exit_code(
     bad = fake.FakeStage(fail_attempts=9, user_error=True)
     code, outcome = run_in_process(spec_of(workspace, fake.FakeJob(a=bad)), monkeypatch)
     assert code == 2
-    assert outcome == JobError(
-        stage="a", type="ValueError", message="planned failure of a", is_user_error=True
+    assert outcome == Failure(
+        stage="a", type="ValueError", message="planned failure of a", is_final=True
     )
 
 
@@ -75,7 +76,7 @@ def test_another_error_can_be_tried_again(workspace: Path, monkeypatch: pytest.M
     bad = fake.FakeStage(fail_attempts=1)
     spec = spec_of(workspace, fake.FakeJob(a=bad))
     code, outcome = run_in_process(spec, monkeypatch)
-    assert (code, outcome.is_user_error) == (1, False)
+    assert (code, outcome.is_final) == (1, False)
     assert run_in_process(spec, monkeypatch)[0] == 0
 
 

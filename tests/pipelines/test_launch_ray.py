@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from drorae.config import Resources
+from drorae.failure import Failure
 from pipelines import attempt, launch_ray
-from pipelines.attempt import JobError, JobResult, JobSpec
+from pipelines.attempt import JobResult, JobSpec
 from pipelines.launch import StageFailed, Stopped
 from pipelines.launch_ray import RayJobLauncher, submission_id
 
@@ -75,7 +76,7 @@ def run(launcher: RayJobLauncher, spec: JobSpec) -> JobResult:
     return launcher.run(spec, uses_ray=True, on_progress=lambda progress: None)
 
 
-def finish(spec: JobSpec, number: int, outcome: JobResult | JobError) -> None:
+def finish(spec: JobSpec, number: int, outcome: JobResult | Failure) -> None:
     attempt.write_outcome(attempt.attempt_uri(spec, number), outcome)
 
 
@@ -134,7 +135,7 @@ def test_a_job_that_dies_without_a_word_is_an_error_to_retry(
     cluster.on_submit = lambda name: cluster.jobs.update({name: Status.FAILED})
     with pytest.raises(StageFailed, match="status FAILED and left no result") as failure:
         run(launcher, spec)
-    assert not failure.value.error.is_user_error
+    assert not failure.value.error.is_final
 
 
 def test_a_cluster_that_forgot_the_job_is_an_error(

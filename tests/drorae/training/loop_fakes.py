@@ -1,4 +1,5 @@
 import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +15,19 @@ STATS = {"mean": torch.zeros(8, 2, 2), "var": torch.ones(8, 2, 2)}
 
 @dataclass
 class MemoryCheckpoints:
-    """Keeps states in a dict, through a copy, as a file would."""
+    """Keeps tensors and small states in a dict, through a copy, as files would."""
 
     every: int = 1000
     saved: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By step: `tensors` and `small`."""
 
-    def latest(self) -> dict[str, Any] | None:
-        return copy_tree(self.saved[max(self.saved)]) if self.saved else None
+    def restore(self, tensors: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, Any] | None:
+        if not self.saved:
+            return None
+        kept = self.saved[max(self.saved)]
+        for name, tensor in tensors().items():
+            tensor.detach().copy_(kept["tensors"][name])
+        return copy_tree(kept["small"])
 
     def due(self, step: int) -> bool:
         return step % self.every == 0
@@ -28,8 +35,8 @@ class MemoryCheckpoints:
     def overdue(self) -> bool:
         return False
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        self.saved[step] = copy_tree(state)
+    def save(self, step: int, tensors: Mapping[str, torch.Tensor], small: dict[str, Any]) -> None:
+        self.saved[step] = copy_tree({"tensors": dict(tensors), "small": small})
 
 
 def copy_tree(value: Any) -> Any:

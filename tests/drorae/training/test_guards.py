@@ -81,9 +81,9 @@ def test_a_run_that_skips_goes_on_with_the_next_data(train: Callable) -> None:
     report, log = train(bad([2, 3]), SKIP, 6, kept)
     assert list(log.series("guard/skipped_steps").values()) == [0, 0, 1, 2, 2, 2]
     assert sorted(kept.saved) == [1, 2, 5]  # never one of a bad step
-    assert kept.saved[5]["step"] == 5
+    assert kept.saved[5]["small"]["step"] == 5
     assert all(torch.isfinite(value).all() for value in report.weights.values())
-    assert not same(kept.saved[2]["module"], kept.saved[5]["module"])
+    assert not same(kept.saved[2]["tensors"], kept.saved[5]["tensors"])
 
 
 def test_skips_in_a_row_go_back_to_the_last_checkpoint_once(
@@ -94,11 +94,11 @@ def test_skips_in_a_row_go_back_to_the_last_checkpoint_once(
     assert "decoder: at step 6 back to the weights of step 2" in caplog.text
     # The step goes on; weights and moments are those of step 2.
     assert sorted(kept.saved) == [2, 6]
-    assert same(kept.saved[6]["module"], kept.saved[2]["module"])
-    assert same(kept.saved[6]["ema"], kept.saved[2]["ema"])
-    moments = [kept.saved[s]["optimizer"]["state"]["decoder_pred.weight"] for s in (2, 6)]
-    assert same(*moments)
-    assert (kept.saved[6]["step"], kept.saved[6]["rolled_back_at"]) == (6, 6)
+    kinds = {name.split(".")[0] for name in kept.saved[2]["tensors"]}
+    assert kinds == {"module", "optimizer", "ema"}
+    assert same(kept.saved[6]["tensors"], kept.saved[2]["tensors"])
+    small = kept.saved[6]["small"]
+    assert (small["step"], small["rolled_back_at"]) == (6, 6)
     assert list(log.series("train/l1")) == list(range(1, 9))
     assert log.series("guard/skipped_steps")[8] == 3
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from drorae.config import Compute
+from drorae.failure import Failure, Fatal
 from drorae.store.context import StageContext, StageResult
-from drorae.training.failures import Failure
 
 RayActorError = pytest.importorskip("ray.exceptions").RayActorError
 ray_worker = pytest.importorskip("drorae.training.ray_worker")
@@ -126,10 +126,24 @@ def test_without_restarts_the_first_failure_ends_the_stage(ctx, monkeypatch):
     assert starts == [0]
 
 
+@pytest.mark.parametrize("error", [Fatal("not finite"), ValueError("a mistake")])
+def test_what_would_come_again_is_not_run_again(ctx, monkeypatch, error):
+    starts = []
+
+    def fit(ctx, train, sections, number):
+        starts.append(number)
+        saved(ctx, 5 * number + 5)
+        raise error
+
+    monkeypatch.setattr(ray_worker, "_fit", fit)
+    with pytest.raises(type(error)) as caught:
+        train_on_ray(ctx, lambda *a, **k: StageResult(files=[]), {})
+    assert caught.value is error
+    assert starts == [0]
+
+
 def test_a_system_error_is_the_cause_of_what_is_raised(ctx, monkeypatch):
-    failure = Failure(
-        rank=0, type="RuntimeError", message="no space left", trace="", errno=28, lost_others=False
-    )
+    failure = Failure(rank=0, type="RuntimeError", message="no space left", errno=28, is_final=True)
     monkeypatch.setattr(ray_worker, "first_failure", lambda uri: (failure, {}))
     with pytest.raises(RuntimeError, match="fusion, rank 0: no space left") as caught:
         ray_worker._raise_first(ctx, Exception("Ray's words"))
