@@ -9,6 +9,7 @@ from PIL import Image
 
 from drorae.data.images import ImageShards
 from drorae.data.jobs import ShardJob
+from drorae.data.shard_cache import ShardCache
 from drorae.data.shard_map import run_in_process
 from drorae.data.sharding import run_shard
 from drorae.store import files
@@ -37,9 +38,9 @@ def test_shards_in_a_bucket_equal_local_ones(s3_uri: str, tmp_path: Path):
     ctx, result = outputs[s3_uri]
     entries = {e.name: e for e in result.files}
     local = {e.name: e for e in outputs[str(tmp_path)][1].files}
-    parquet = [name for name in entries if name.endswith(".parquet")]
-    assert len(parquet) == 3
-    assert [entries[n] for n in parquet] == [local[n] for n in parquet]
+    arrow = [name for name in entries if name.endswith(".arrow")]
+    assert len(arrow) == 5  # three shards, two indices
+    assert [entries[n] for n in arrow] == [local[n] for n in arrow]
     manifest = Manifest(
         stage="shard",
         key="k",
@@ -58,7 +59,7 @@ def test_shards_in_a_bucket_equal_local_ones(s3_uri: str, tmp_path: Path):
         run_ids={},
         created_at="",
     )
-    shards = ImageShards(
-        StageOutput(uri=ctx.output_uri, manifest=manifest), "train", cache_path=tmp_path / "cache"
-    )
+    cache = ShardCache(tmp_path / "cache")
+    output = StageOutput(uri=ctx.output_uri, manifest=manifest)
+    shards = ImageShards(output, "train", cache=cache, keep_bytes=0)
     assert shards.read(np.arange(5))[0].shape == (5, 3, 16, 16)
