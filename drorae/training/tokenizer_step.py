@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from drorae.diffusion.noise import sample_noise
+from drorae.diffusion.noise import noise, uniform
 from drorae.losses.reconstruction import l1_per_image
 from drorae.models.autoencoder import add_latent_noise
 from drorae.models.fusion import FusionOutput
@@ -25,6 +25,7 @@ from drorae.training.intervals import mean_terms
 from drorae.training.jobs import TokenizerTraining
 from drorae.training.state import TrainState, apply_update, seed_part
 from drorae.training.watchdog import unhurried
+from drorae.training.world import autocast
 
 __all__ = ["Part", "TokenizerPhase", "TokenizerStep", "noised"]
 
@@ -89,12 +90,13 @@ def noised(
     """
     if job.noise_tau == 0:
         return latent
-    draw = sample_noise(seed, indices, (1,), SIGMA_STREAM).abs()
+    device = latent.device
     if job.noise_kind == "uniform":
-        draw = torch.erf(draw / 2**0.5)  # |N(0,1)| through its distribution function is U(0,1)
-    scale = (job.noise_tau * draw[:, 0]).to(latent)
-    noise = sample_noise(seed, indices, latent.shape[1:], NOISE_STREAM).to(latent)
-    return add_latent_noise(latent, scale, noise)
+        sigma = uniform(seed, SIGMA_STREAM, indices, (), device)
+    else:
+        sigma = noise(seed, SIGMA_STREAM, indices, (), device).abs()
+    drawn = noise(seed, NOISE_STREAM, indices, latent.shape[1:], device)
+    return add_latent_noise(latent, (job.noise_tau * sigma).to(latent), drawn.to(latent))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,7 +169,7 @@ class TokenizerStep:
         self, part: Part, state: TrainState, *, with_features: bool = False
     ) -> Reconstruction:
         noise_ids = state.step * self.job.batch_images + part.positions
-        with self._autocast(part.images.device):
+        with autocast(part.images.device, self.job.precision):
             fused = self.phase.encode(part.hidden)
             latent = noised(fused.latent, self.job, self.seed, noise_ids)
             if not with_features:
@@ -191,6 +193,3 @@ class TokenizerStep:
         """Reconstruction of clean latents with the updated weights, outside of autocast."""
         seed_part(self.seed, state.step, state.world, part.number)
         return self.phase.decode(self.phase.encode(part.hidden).latent).float()
-
-    def _autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.job.precision == "bfloat16")
