@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
+    "ACCELERATED",
     "Compute",
     "FieldDoc",
+    "Resources",
     "canonical_json",
     "digest",
     "field_docs",
@@ -46,7 +48,11 @@ class Compute:
     threads_per_worker: int = 2
     """CPU threads that torch may use in one worker."""
     use_gpu: bool = False
-    """Give each worker one GPU (nccl); otherwise CPU (gloo)."""
+    """Ask Ray for one GPU for each training worker and each actor that runs networks."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where arithmetic runs: `auto` on the GPU that Ray gave if `use_gpu`, else on the CPU. `cpu`
+    with `use_gpu` computes on the CPUs of machines that declare GPUs, which is how placement is
+    tested; `cuda` without it uses a GPU that Ray does not count."""
     sharding: Literal["none", "ddp", "fsdp2"] = "ddp"
     """How several workers hold the trained network: `ddp` whole on each, `fsdp2` cut into shards
     (weights, gradients, moments and EMA), `none` forbids more than one worker."""
@@ -58,7 +64,8 @@ class Compute:
     activation_checkpointing: bool = False
     """Recompute block activations in the backward pass: about a third more compute, less memory."""
     data_actors: int = 1
-    """Ray Data actors that shard, encode or sample at the same time."""
+    """Ray Data actors that shard, encode or sample at the same time. Actors that run networks are
+    as many as the cluster has GPUs instead if `use_gpu`."""
     parallel_stages: int = 2
     """Stages that may run at the same time when the graph allows it (embedded runs)."""
     log_every_steps: int = 10
@@ -118,6 +125,29 @@ class Compute:
                 f"compute.sharding=none with compute.num_workers={self.num_workers}: expected one "
                 "worker; use sharding=ddp or fsdp2, or num_workers=1."
             )
+
+    @property
+    def device_type(self) -> Literal["cpu", "cuda"]:
+        """Kind of device that runs the arithmetic of workers and actors."""
+        if self.device == "auto":
+            return "cuda" if self.use_gpu else "cpu"
+        return self.device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """What Ray sets aside for one process of a stage; the stage table says it for every stage."""
+
+    cpus: float = 1.0
+    """Logical CPUs. 0: it mostly waits and fits beside anything."""
+    gpus: float = 0.0
+    """GPUs, where `compute.use_gpu` asks for any."""
+    memory_bytes: int = 0
+    """Memory; 0: none is set aside."""
+
+
+ACCELERATED = Resources(gpus=1.0)
+"""A process that runs networks: one GPU where there are any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -74,7 +74,7 @@ def run_latents(
     counts = shard.read_json("counts.json")[SPLIT]
     starts = np.cumsum([0, *counts["shards"]]).tolist()
     tasks = [
-        ShardTask(f"part-{part:05d}", {"first_id": starts[part], "rows": rows})
+        ShardTask(f"part-{part:05d}", {"first_id": starts[part], "rows": rows}, size=rows)
         for part, rows in enumerate(counts["shards"])
     ]
     results = map_shards(
@@ -82,10 +82,8 @@ def run_latents(
         functools.partial(EncodeShard, ctx, encoder, latents),
         work_uri=ctx.work_uri,
         compute=ctx.compute,
-        on_progress=lambda done, total: ctx.progress(
-            starts[min(done, len(tasks))], counts["rows"], "images"
-        ),
-        num_gpus=1.0 if ctx.compute.use_gpu else 0.0,
+        on_progress=lambda done, total: ctx.progress(done, total, "images"),
+        worker=ctx.workers,
         executor=executor,
     )
     return _finish(ctx, encoder, latents, results)
@@ -102,7 +100,7 @@ class EncodeShard:
 
     def __init__(self, ctx: StageContext, encoder: EncoderConfig, job: LatentJob) -> None:
         self._ctx, self._job = ctx, job
-        device = torch.device("cuda" if ctx.compute.use_gpu else "cpu")
+        device = torch.device(ctx.compute.device_type)
         model = build_encoder(encoder, asset_path).to(device)
         self._encoder: HiddenEncoder = model
         fusion = ctx.inputs["fusion"]

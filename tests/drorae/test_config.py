@@ -1,5 +1,5 @@
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -142,3 +142,18 @@ def test_compute_refuses_no_workers() -> None:
 def test_impossible_ways_to_run_are_refused(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Compute(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "device_type"),
+    [
+        ({}, "cpu"),
+        ({"use_gpu": True}, "cuda"),
+        ({"use_gpu": True, "device": "cpu"}, "cpu"),
+        ({"device": "cuda"}, "cuda"),
+    ],
+)
+def test_arithmetic_follows_the_device_and_else_what_ray_gives(
+    fields: dict[str, Any], device_type: str
+) -> None:
+    assert Compute(**fields).device_type == device_type

@@ -201,5 +201,4 @@ def build_tiny_features(kind: str, weights_path: Path, **settings: Any) -> Featu
         TinyExtractor(),
         identity=f"tiny:{kind}:{file_sha256(weights_path)}",
         batch_images=settings["batch_images"],
-        cache_path=settings["cache_path"],
     )
