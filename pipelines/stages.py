@@ -108,6 +108,7 @@ STAGES: tuple[Stage, ...] = (
         needs=("shard", "decoder", "fusion"),
         sections=("encoder", "latents"),
         entry="drorae.data.latents:run_latents",
+        version=2,
         needs_if={"decoder": _uses_imported_stats},
     ),
     Stage(

@@ -1,4 +1,7 @@
-"""Configuration of the stages `shard` and `latents`; planning a run imports nothing heavier."""
+"""Configuration of the stages `shard` and `latents` and of the order of training samples.
+
+Planning a run imports nothing heavier.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -81,6 +84,9 @@ class LatentJob:
     """Stored number format; the relative rounding error is below 5e-4."""
     batch_images: int = 32
     """Images in one encoder call."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Number format of the encoder's and the fusion's products. The result is
+    stored in float16 either way."""
     flip: bool = False
     """Store the latent of the mirrored image too, so that training can flip as RAE's stage 2
     does."""
@@ -91,6 +97,30 @@ class LatentJob:
     def __post_init__(self) -> None:
         """Check ranges."""
         _require(self.batch_images >= 1, "latents.batch_images", self.batch_images, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OrderConfig:
+    """In which order training reads the samples of an epoch (`drorae.data.order`).
+
+    It changes every number of a training, so it belongs to the recipe and not to the machines that
+    it runs on. The defaults shuffle any set uniformly, for which every worker reads all shards.
+    """
+
+    streams: int = 1
+    """Parts of an epoch's shards that are read side by side; every batch takes as many samples of
+    each. Must divide `batch_images`. A multiple of the nodes lets each node read its part of the
+    shards alone, a multiple of the workers each worker; with fewer streams than nodes or workers,
+    some share one. ImageNet recipes: 64."""
+    window_shards: int = 0
+    """Shards of a stream among which its rows are shuffled; a stream keeps about one more open. 0:
+    all of the stream. ImageNet recipes: 4."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(self.streams >= 1, "order.streams", self.streams, "at least 1")
+        few = self.window_shards
+        _require(few >= 0, "order.window_shards", few, "at least 1, or 0 for whole streams")
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:

@@ -210,6 +210,7 @@ def _worker(config: dict[str, Any]) -> None:
         world_size=context.get_world_size(),
         # Ray's answer follows what was asked of Ray, not where the arithmetic runs.
         device=get_device() if ctx.compute.device_type == "cuda" else torch.device("cpu"),
+        is_on_one_machine=context.get_local_world_size() == context.get_world_size(),
     )
     folder_uri = start_group(_ranks_uri(ctx), _group_name(), world.rank, world.world_size)
     watchdog = Watchdog(
