@@ -91,6 +91,31 @@ class ImageWorker:
             images, labels = self._photos("val").read(batch)
             images = images.to(self._device)
             shown = torch.from_numpy(batch < self._job.num_grid_images)
+            drawn = reconstruct(self._tokenizer, images)
+            arrays.add("labels", labels.numpy())
+            for model, pictures in drawn.items():
+                arrays.add(f"values/{model}", measure(images, pictures, self._lpips))
+            for name, pictures in {"photo": images, **drawn}.items():
+                arrays.add(f"shown/{name}", pictures[shown].cpu().numpy())
+                folder = PHOTOS if name == "photo" else f"{PHOTOS}-{name}"
+                features.add(folder, self._features.of(pictures))
+        self._write(features, ids)
+        write_arrays(values_uri(self._ctx.work_uri, PHOTOS, int(ids[0])), **arrays.joined())
+
+    def _sample(self, guidance: str, ids: np.ndarray) -> None:
+        job, arrays, features = self._job, _Columns(), _Columns()
+        generator = self._floor if guidance == "untrained" else self._generator
+        settings, stages = sampler_settings(guidance, job), decoder_stages(guidance, job)
+        classes = generator.num_classes
+        for batch in self._batches(ids):
+            labels = torch.from_numpy(batch % classes)
+            latents = generator.sample(labels, batch.tolist(), settings, self._seed)
+            for stage in stages:
+                pictures = self._tokenizer.decode(latents, stage)
+                features.add(set_name(guidance, stage, job), self._features.of(pictures))
+                if stage == job.decoder_for_samples:
+                    row, column = batch % classes, batch // classes
+                    shown = (row < job.num_grid_classes) & (column < job.num_grid_images)
                     arrays.add("index", batch[shown])
                     arrays.add("images", pictures[torch.from_numpy(shown)].cpu().numpy())
         self._write(features, ids)
