@@ -72,6 +72,16 @@ def decode_image(data: bytes | np.ndarray, limits: ImageLimits) -> Image.Image:
         return _to_rgb(upright)
 
 
+def decode_accepted(data: bytes | memoryview) -> Image.Image:
+    """`decode_image` of a file that passed its checks before: the same pixels, no limits.
+
+    For many threads at a time, which `decode_image` is not: it changes Python's warning filters.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
 @contextmanager
 def _reasons(limits: ImageLimits) -> Iterator[None]:
     """Pillow's errors as reasons; only its calls belong inside, or our own mistakes would hide."""
@@ -148,14 +158,6 @@ def to_view(image: Image.Image, view_px: int) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def shrink_to_view(image: Image.Image, view_px: int) -> Image.Image:
-    """`to_view` of pictures that it makes smaller, others as they are.
-
-    What a shard stores: `to_view` of it is `to_view` of the source, and no more bytes than either.
-    """
-    return to_view(image, view_px) if min(image.size) > view_px else image
-
-
 def encode_png(image: Image.Image) -> bytes:
     """Lossless bytes, equal for equal pixels."""
     buffer = io.BytesIO()
@@ -163,7 +165,7 @@ def encode_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def decode_png(data: bytes) -> np.ndarray:
+def decode_png(data: bytes | memoryview) -> np.ndarray:
     """Our own PNG back to uint8 [height, width, 3]."""
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image)

@@ -15,6 +15,7 @@ import torch
 from drorae.config import digest
 from drorae.data.assets import asset_path
 from drorae.data.images import ImageShards
+from drorae.data.shard_cache import node_cache
 from drorae.data.shard_map import ShardTask
 from drorae.evaluation.features import Features, build_features
 from drorae.evaluation.frechet import Gaussian, Reference, distances, reference_of
@@ -198,7 +199,8 @@ class ImageWorker:
 
     @functools.cache  # noqa: B019 - an actor has one worker
     def _photos(self, split: str) -> ImageShards:
-        return ImageShards(self._ctx.inputs["shard"], split)
+        cache, threads = node_cache(self._ctx.compute), self._ctx.compute.loader_threads
+        return ImageShards(self._ctx.inputs["shard"], split, cache=cache, threads=threads)
 
 
 class MeasureWorker:

@@ -18,8 +18,9 @@ from drorae.data.assets import asset_path
 from drorae.data.hidden_states import HiddenStates, hidden_cache_path, hidden_in_step
 from drorae.data.images import ImageShards
 from drorae.data.latent_shards import LatentShards
-from drorae.data.loaders import crop_batches, latent_batches, tokenizer_batches
+from drorae.data.loaders import Delivery, crop_batches, latent_batches, tokenizer_batches
 from drorae.data.random_crops import RandomCrops
+from drorae.data.shard_cache import node_cache
 from drorae.losses.perceptual import load_perceptual
 from drorae.models.decoder import Decoder, DecoderConfig
 from drorae.models.discriminator import build_discriminator
@@ -187,13 +188,13 @@ def _train_decoder_on(
 def _train_dit(ctx: StageContext, world: World, *, seed: int, job: DiffusionStage) -> StageResult:
     torch.manual_seed(seed)
     world.local_batch(job.batch_images, f"{ctx.stage}.batch_images", ctx.compute.accumulate_steps)
-    latents = LatentShards(ctx.inputs["latents"], cache_path=ctx.compute.cache_path or None)
+    latents = LatentShards(ctx.inputs["latents"], cache=node_cache(ctx.compute))
     model = DiT(job.model)
     # A setting of the process, which trains this stage only.
     torch.set_float32_matmul_precision("high" if job.precision == "tf32" else "highest")
 
     def batches(start: int) -> Iterator[DiffusionBatch]:
-        return latent_batches(latents, start_step=start, **_order(job, world, seed))
+        return latent_batches(latents, start_step=start, **_delivery(ctx, job, world, seed))
 
     with _Tools(ctx, world) as tools:
         report = train_diffusion(
@@ -303,20 +304,21 @@ def _tokenizer_batches(
     ctx: StageContext, job: TokenizerTraining, world: World, seed: int, train: HiddenStates
 ) -> Callable[[int], Iterator[TokenizerBatch]]:
     """Batches from a step on: random crops, or the stored squares with their hidden states."""
-    order = _order(job, world, seed)
+    delivery = _delivery(ctx, job, world, seed)
     if job.view == "random_crop":
-        crops = RandomCrops(
-            ctx.inputs["shard"], seed=seed, cache_path=ctx.compute.cache_path or None
-        )
-        return lambda start: crop_batches(crops, start_step=start, **order)
+        compute, shard = ctx.compute, ctx.inputs["shard"]
+        cache, threads = node_cache(compute), compute.loader_threads
+        crops = RandomCrops(shard, seed=seed, cache=cache, threads=threads)
+        return lambda start: crop_batches(crops, start_step=start, **delivery)
     kept = train if job.hidden_states != "none" else None
-    return lambda start: tokenizer_batches(train.shards, kept, start_step=start, **order)
+    return lambda start: tokenizer_batches(train.shards, kept, start_step=start, **delivery)
 
 
 def _hidden_states(
     ctx: StageContext, split: str, encoder: Encoder, job: TokenizerTraining
 ) -> HiddenStates:
-    images = ImageShards(ctx.inputs["shard"], split, cache_path=ctx.compute.cache_path or None)
+    cache, threads = node_cache(ctx.compute), ctx.compute.loader_threads
+    images = ImageShards(ctx.inputs["shard"], split, cache=cache, threads=threads)
     return HiddenStates(images, encoder, job.hidden_states, hidden_cache_path(ctx))
 
 
@@ -327,14 +329,19 @@ def _fill_progress(ctx: StageContext, world: World) -> Callable[[int, int], None
     return lambda done, total: ctx.progress(done, total, "blocks", message=message)
 
 
-def _order(job: TokenizerTraining | DiffusionStage, world: World, seed: int) -> dict[str, int]:
-    """What fixes this rank's samples in every step."""
+def _delivery(
+    ctx: StageContext, job: TokenizerTraining | DiffusionStage, world: World, seed: int
+) -> Delivery:
+    """What fixes this rank's samples in every step, and how they are made ready."""
     return {
         "seed": seed,
         "num_steps": job.num_steps,
         "global_batch": job.batch_images,
+        "order": job.order,
         "rank": world.rank,
         "world_size": world.world_size,
+        "threads": ctx.compute.loader_threads,
+        "pin": world.device.type == "cuda",
     }
 
 
