@@ -63,6 +63,7 @@ def cifar10() -> FullJob:
             kid_subset=1000,
             batch_images=250,
             chunk_samples=500,
+            precision="tf32",
             lpips_net="alex",
         ),
         report=ReportJob(title="DRoRAE, CIFAR-10"),

@@ -158,7 +158,7 @@ def _shared(*, num_gpus: int, batch_images: int = 256) -> dict[str, Any]:
             num_workers=num_gpus,
             threads_per_worker=8,
             use_gpu=True,
-            data_actors=8,  # GPUs that encode and sample
+            data_actors=8,  # that shard; networks run on all GPUs of the cluster
             parallel_stages=1,  # a stage takes all GPUs
             log_every_steps=50,
             save_every_steps=2500,
@@ -179,7 +179,7 @@ def _evaluate(**settings: Any) -> EvaluateJob:
             "kid_subset": 1000,
             "batch_images": 250,
             "chunk_samples": 1000,
-            "num_grid_images": 4,  # of each of 1,000 classes, in memory
+            "precision": "tf32",  # RAE's
             "num_diagnostic_images": 256,
             **settings,
         }

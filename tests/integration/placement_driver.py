@@ -1,7 +1,4 @@
-"""Driver of the placement test: runs work on the cluster of RAY_ADDRESS and prints where it ran.
-
-`python -m tests.integration.placement_driver FOLDER` prints one JSON line.
-"""
+"""Driver of the placement test: runs work on the cluster of RAY_ADDRESS, writes where it ran."""
 
 import functools
 import json
@@ -121,7 +118,3 @@ def main(folder: Path) -> None:
         "in_process": in_process,
     }
     sys.stdout.write(json.dumps(found) + "\n")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

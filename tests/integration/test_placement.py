@@ -1,6 +1,7 @@
 """Where work runs on a cluster whose head declares no GPU: two nodes declare one each."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,6 @@ from safetensors.torch import save_file
 
 from drorae.config import to_json
 from drorae.evaluation.job import EvaluateJob
-from tests.chaos import cluster
 from tests.drorae.evaluation.evaluation_fakes import make_encoder, make_lpips, make_outputs
 
 pytestmark = pytest.mark.slow
@@ -34,6 +34,15 @@ JOB = EvaluateJob(
     num_grid_images=2,
     num_diagnostic_images=5,
 )
+
+# Ray reads the cluster's token when it is first imported.
+DRIVER = """
+import pathlib, sys
+from tests.chaos import cluster
+with cluster.running(2, {}, num_gpus=1):
+    from tests.integration import placement_driver
+    placement_driver.main(pathlib.Path(sys.argv[1]))
+"""
 
 
 def write_assets(folder: Path) -> None:
@@ -63,9 +72,14 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "DRORAE_CACHE": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
     }
-    with cluster.running(2, environment, num_gpus=1):
-        driver = [sys.executable, "-m", "tests.integration.placement_driver", str(folder)]
-        done = subprocess.run(driver, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(folder)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
