@@ -45,8 +45,15 @@ class Compute:
     and every count must divide the global batch. 0: always `num_workers`; it waits for machines."""
     threads_per_worker: int = 2
     """CPU threads that torch may use in one worker."""
+    loader_threads: int = 4
+    """Threads of a worker that read and decode training batches ahead of their use, one batch each;
+    at most twice as many batches are held ready."""
     use_gpu: bool = False
-    """Give each worker one GPU (nccl); otherwise CPU (gloo)."""
+    """Ask Ray for one GPU for each training worker and each actor that runs networks."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where arithmetic runs: `auto` on the GPU that Ray gave if `use_gpu`, else on the CPU. `cpu`
+    with `use_gpu` computes on the CPUs of machines that declare GPUs, which is how placement is
+    tested; `cuda` without it uses a GPU that Ray does not count."""
     sharding: Literal["none", "ddp", "fsdp2"] = "ddp"
     """How several workers hold the trained network: `ddp` whole on each, `fsdp2` cut into shards
     (weights, gradients, moments and EMA), `none` forbids more than one worker."""
@@ -98,16 +105,27 @@ class Compute:
     cache_path: str = ""
     """Folder for hidden-state caches and downloads; empty: beside a local workspace, else the
     user's cache."""
+    cache_limit_gb: float = 0.0
+    """Most gigabytes (10^9 bytes) of shards that a machine keeps of a remote workspace, for all of
+    its processes together; the least recently used ones make room, those in use never do. 0: as
+    much as the disk holds. Below what is in use at a time (about `order.streams` times
+    `order.window_shards` shards, divided by the machines) rows are read one by one instead."""
+    decode_threads: int = 4
+    """Threads that decode images in each process that reads them."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("num_workers", "threads_per_worker", "data_actors", "parallel_stages"):
+        counts = ("num_workers", "threads_per_worker", "loader_threads")
+        for name in (*counts, "data_actors", "parallel_stages"):
             _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
-        for name in ("log_every_steps", "save_every_steps", "keep_checkpoints"):
+        for name in ("log_every_steps", "save_every_steps", "keep_checkpoints", "decode_threads"):
             _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
         for name in ("accumulate_steps", "rollback_after_skips"):
             _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
-        for name in ("max_failures", "keep_every_steps"):
+        _require(
+            self.decode_threads >= 1, "compute.decode_threads", self.decode_threads, "at least 1"
+        )
+        for name in ("max_failures", "keep_every_steps", "cache_limit_gb"):
             _require(getattr(self, name) >= 0, f"compute.{name}", getattr(self, name), "0 or more")
         for name in ("collective_timeout_s", "hang_timeout_s"):
             _require(getattr(self, name) > 0, f"compute.{name}", getattr(self, name), "above 0")
@@ -118,6 +136,13 @@ class Compute:
                 f"compute.sharding=none with compute.num_workers={self.num_workers}: expected one "
                 "worker; use sharding=ddp or fsdp2, or num_workers=1."
             )
+
+    @property
+    def device_type(self) -> Literal["cpu", "cuda"]:
+        """Kind of device that runs the arithmetic of workers and actors."""
+        if self.device == "auto":
+            return "cuda" if self.use_gpu else "cpu"
+        return self.device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,26 +306,53 @@ def override(config: T, assignments: Sequence[str]) -> T:
 
     A path may leave out inner sections when exactly one field fits: `fusion.expert_hidden` is
     `fusion.model.expert_hidden`. Values are JSON (`1e-4`, `true`, `[1,2]`, `null`); what is no JSON
-    is taken as text.
+    is taken as text. All assignments are applied before any class checks itself, so that fields
+    which have to fit each other can change together, in any order. Of two for one field the later
+    wins.
 
     Raises:
         ValueError: No `=`, unknown path (close matches are listed), ambiguous path, wrong type, or
             a value that the configuration class refuses.
     """
+    changes: dict[str, str] = {}
     for assignment in assignments:
         path, sign, text = assignment.partition("=")
         if not sign or not path:
             raise ValueError(f"{assignment!r} is no assignment: expected section.field=value.")
         full = _resolve(config, path.strip())
-        config = _replace_at(config, full.split("."), _parse(text), full)
-    return config
+        # A whole section replaces what was set inside it before; later assignments win.
+        changes = {p: v for p, v in changes.items() if not f"{p}.".startswith(f"{full}.")}
+        changes[full] = text
+    return _changed(config, changes, "")
 
 
-def _parse(text: str) -> Any:
+def _changed(config: Any, changes: Mapping[str, str], prefix: str) -> Any:
+    """A configuration with all changes below `prefix` applied to each of its classes at once."""
+    hints = get_type_hints(config.__class__)
+    fields: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        path = f"{prefix}{f.name}"
+        inner = {p: v for p, v in changes.items() if p.startswith(f"{path}.")}
+        value = getattr(config, f.name)
+        if path in changes:
+            value = _coerce(hints[f.name], _parse(changes[path], hints[f.name]), path)
+        if inner:
+            value = _changed(value, inner, f"{path}.")
+        if path in changes or inner:
+            fields[f.name] = value
+    return dataclasses.replace(config, **fields)
+
+
+def _parse(text: str, kind: Any) -> Any:
+    """The JSON value of a text; the text itself where it is none, or where text is wanted."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError:
         return text
+    # A folder may be called 2012.
+    if kind is str or (value is not None and set(get_args(kind)) == {str, type(None)}):
+        return value if isinstance(value, str) else text
+    return value
 
 
 def _paths(config: Any, prefix: str = "") -> Iterator[str]:
@@ -331,14 +383,6 @@ def _suggest(name: str, known: Sequence[str]) -> str:
     if not close:
         close = [p for p in known if "." not in p]
     return f" Close matches: {', '.join(close)}."
-
-
-def _replace_at(config: Any, names: Sequence[str], value: Any, path: str) -> Any:
-    if len(names) == 1:
-        new = _coerce(get_type_hints(config.__class__)[names[0]], value, path)
-    else:
-        new = _replace_at(getattr(config, names[0]), names[1:], value, path)
-    return dataclasses.replace(config, **{names[0]: new})
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Configuration of the stages `shard` and `latents`; planning a run imports nothing heavier."""
+"""Configuration of the stages `shard` and `latents` and of the order of training samples.
+
+Planning a run imports nothing heavier.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -18,20 +21,24 @@ class ShardJob:
     """Share of `source` that is validation, chosen by the hash of (seed, key). Ignored where splits
     are given."""
     resolution_px: int = 256
-    """Side of the stored square images in pixels. Paper: ImageNet at 256."""
+    """Side of the square images in pixels. Paper: ImageNet at 256."""
     crop: Literal["center", "resize"] = "center"
     """`center`: ADM centre crop (RAE evaluation protocol); `resize`: squash to a square."""
+    pictures: Literal["square", "source"] = "square"
+    """What a shard holds of each image. `square`: the square of `resolution_px` as an exact PNG, so
+    that loading is cheap whatever the source. `source`: the file as it is (pixel arrays as a PNG of
+    the whole image), from which the same square, or a random crop, is made at load: about 5 times
+    less work here and, for ImageNet at 256 px, 110 kB an image where a square has 115 kB and the
+    square with a whole PNG has 440 kB; large photos cost their size at each load."""
     view_px: int | None = None
     """Shorter side to which random crops scale a training image, aspect kept; none: no random
-    crops. RAE stage 1: int(1.5 * resolution_px). Stores every training image a second time, whole,
-    with at most that side: 2.8 times the bytes of the 256 px square, 0.8 times those of the 512 px
-    one (three photos of 375 px; about 390 GB for ImageNet)."""
+    crops. RAE stage 1: int(1.5 * resolution_px). Needs `pictures="source"`."""
     max_train_images: int | None = None
     """Cap of the training split, spread evenly over classes; none: all."""
     max_val_images: int | None = None
     """Cap of the validation split, spread evenly over classes; none: all."""
     rows_per_shard: int = 4096
-    """Images in one Parquet shard; the last one may hold fewer. About 400 MB at 256 px."""
+    """Images in one shard; the last one holds fewer, as does one of more than 512 MiB."""
     min_side_px: int = 16
     """Images with a shorter side below this are rejected. The smallest ImageNet images have about
     20 px."""
@@ -62,6 +69,11 @@ class ShardJob:
         _require(ratio >= 1, "shard.max_aspect_ratio", ratio, "at least 1")
         fits = self.view_px is None or self.view_px >= self.resolution_px
         _require(fits, "shard.view_px", self.view_px, f"{self.resolution_px} or more, or null")
+        if self.view_px is not None and self.pictures != "source":
+            raise ValueError(
+                f"shard.view_px={self.view_px} with shard.pictures={self.pictures!r}: random crops "
+                "need whole images. Set shard.pictures='source', or shard.view_px=null."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +94,30 @@ class LatentJob:
     def __post_init__(self) -> None:
         """Check ranges."""
         _require(self.batch_images >= 1, "latents.batch_images", self.batch_images, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OrderConfig:
+    """In which order training reads the samples of an epoch (`drorae.data.order`).
+
+    It changes every number of a training, so it belongs to the recipe and not to the machines that
+    it runs on. The defaults shuffle any set uniformly, for which every worker reads all shards.
+    """
+
+    streams: int = 1
+    """Parts of an epoch's shards that are read side by side; every batch takes as many samples of
+    each. Must divide `batch_images`. A multiple of the nodes lets each node read its part of the
+    shards alone, a multiple of the workers each worker; with fewer streams than nodes or workers,
+    some share one. ImageNet recipes: 64."""
+    window_shards: int = 0
+    """Shards of a stream among which its rows are shuffled; a stream keeps about one more open. 0:
+    all of the stream. ImageNet recipes: 4."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(self.streams >= 1, "order.streams", self.streams, "at least 1")
+        few = self.window_shards
+        _require(few >= 0, "order.window_shards", few, "at least 1, or 0 for whole streams")
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:

@@ -102,7 +102,7 @@ class EncodeShard:
 
     def __init__(self, ctx: StageContext, encoder: EncoderConfig, job: LatentJob) -> None:
         self._ctx, self._job = ctx, job
-        device = torch.device("cuda" if ctx.compute.use_gpu else "cpu")
+        device = torch.device(ctx.compute.device_type)
         model = build_encoder(encoder, asset_path).to(device)
         self._encoder: HiddenEncoder = model
         fusion = ctx.inputs["fusion"]

@@ -2,24 +2,24 @@
 
 Neither workers nor a resumed run change a crop. Source: RAE's stage 1: shorter side to `view_px`
 with Pillow's bicubic filter, then a uniform random square, no flip (`Resize` and `RandomCrop` of
-torchvision). Needs shards with `ShardJob.view_px`.
+torchvision). Needs shards of source files, with `ShardJob.view_px`.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterable
 
 import numpy as np
 import torch
-from PIL import Image
 
-from drorae.data.decoding import decode_png, to_view
-from drorae.data.images import DECODE_THREADS, ImageShards, PngColumn
+from drorae.data.decoding import decode_accepted, to_view
+from drorae.data.draws import host_uniform
+from drorae.data.images import DECODE_THREADS, Pictures
+from drorae.data.order import ShardUse
+from drorae.data.shard_cache import ShardCache
 from drorae.shapes import Int, Tensor, UInt8
-from drorae.store.files import default_cache_path
 from drorae.store.workspace import StageOutput
 
-CROP_STREAM = 1
-"""Highest word of the Philox counter of crops; the sample order of the same key leaves it at 0."""
+STREAM = "crop"
+"""Name of the draws; `draws.host_uniform`."""
 
 
 class RandomCrops:
@@ -28,30 +28,37 @@ class RandomCrops:
     Args:
         output: Output of the stage `shard`.
         seed: Seed of the crops.
-        cache_path: Folder for unpacked shards and copies of remote ones; none: the user's cache.
+        cache: Where copies of remote shards lie; none: the user's cache without a limit.
+        threads: Threads that decode one batch.
 
     Raises:
         ValueError: The shards were written without `view_px`.
     """
 
     def __init__(
-        self, output: StageOutput, *, seed: int, cache_path: str | Path | None = None
+        self,
+        output: StageOutput,
+        *,
+        seed: int,
+        cache: ShardCache | None = None,
+        threads: int = DECODE_THREADS,
     ) -> None:
         counts = output.read_json("counts.json")
         if "view_px" not in counts:
             raise ValueError(
                 f"shards {output.uri} hold squares only: random crops need whole images; set "
-                "shard.view_px (RAE: 1.5 times shard.resolution_px)."
+                "shard.pictures=source and shard.view_px (RAE: 1.5 times shard.resolution_px)."
             )
         self.crop_px, self.view_px = int(counts["resolution_px"]), int(counts["view_px"])
         self._seed = seed
-        cache = Path(cache_path or default_cache_path())
-        self._squares = ImageShards(output, "train", cache_path=cache)
-        self._png = PngColumn(output, "train", "image_view", cache)
-        self._pool = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="crop")
+        self._pictures = Pictures(output, "train", cache, threads)
+        self.labels: np.ndarray = self._pictures.index.labels
+        """Labels of all rows, int64, from the index alone."""
+        self.shard_rows: tuple[int, ...] = self._pictures.index.shard_rows
+        """Rows of each shard."""
 
     def __len__(self) -> int:
-        return len(self._squares)
+        return len(self.labels)
 
     def read(
         self, ids: np.ndarray, epoch: int
@@ -61,33 +68,38 @@ class RandomCrops:
         Raises:
             IndexError: An id outside of the split.
         """
-        labels = torch.from_numpy(self._squares.labels[ids])
-        crops = np.stack(list(self._pool.map(lambda row: self._crop(row, epoch), ids.tolist())))
-        return torch.from_numpy(np.ascontiguousarray(crops.transpose(0, 3, 1, 2))), labels
+        ids = np.asarray(ids, dtype=np.int64)
+        draws = host_uniform(self._seed, STREAM, epoch, ids, 2)
 
-    def _crop(self, row: int, epoch: int) -> np.ndarray:
-        image = to_view(Image.fromarray(decode_png(self._png.read(row))), self.view_px)
-        left, top = crop_corner(self._seed, epoch, row, image.size, self.crop_px)
-        return np.asarray(image.crop((left, top, left + self.crop_px, top + self.crop_px)))
+        def crop(number: int, data: memoryview) -> np.ndarray:
+            image = to_view(decode_accepted(data), self.view_px)
+            left, top = crop_corner(draws[number], image.size, self.crop_px)
+            return np.asarray(image.crop((left, top, left + self.crop_px, top + self.crop_px)))
+
+        pixels = self._pictures.decode(ids, self.crop_px, crop)
+        return pixels, torch.from_numpy(self.labels[ids])
+
+    def follow(self, uses: Iterable[ShardUse]) -> None:
+        """Bring remote shards in this order, in the background; replaces an earlier order.
+
+        Args:
+            uses: In the order of their first step.
+        """
+        self._pictures.store.follow(uses)
+
+    def reached(self, step: int) -> None:
+        """Let go of the shards whose last step lies before this one."""
+        self._pictures.store.reached(step)
 
 
-def crop_corner(
-    seed: int, epoch: int, number: int, size: tuple[int, int], side_px: int
-) -> tuple[int, int]:
-    """Left and top of a sample's crop in an epoch, uniform over all that fit, by these alone.
+def crop_corner(draw: np.ndarray, size: tuple[int, int], side_px: int) -> tuple[int, int]:
+    """Left and top of a crop, each equally likely among all that fit.
 
     Args:
-        seed: Seed of the run.
-        epoch: Epoch, from 0.
-        number: Id of the sample.
+        draw: Two uniform numbers in [0, 1).
         size: Width and height of the picture.
         side_px: Side of the crop.
     """
-    key = np.array([seed % 2**64, epoch % 2**64], dtype=np.uint64)
-    counter = np.array([number, 0, 0, CROP_STREAM], dtype=np.uint64)
-    words = np.random.Philox(key=key, counter=counter).random_raw(2).tolist()
-    # A 64-bit word times a small number of places: the bias of the high bits is below 2^-50.
-    left, top = (
-        word * (length - side_px + 1) >> 64 for word, length in zip(words, size, strict=True)
-    )
+    # A multiple of 2^-53 times a small number of places: the bias is below 2^-40.
+    left, top = (int(u * (length - side_px + 1)) for u, length in zip(draw, size, strict=True))
     return left, top

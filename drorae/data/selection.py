@@ -2,42 +2,33 @@
 
 The order is that of sha256(seed, key): adding files inserts rows and moves none past another. Under
 a cap the first images of each class in that order are taken, spread over classes as evenly as their
-sizes allow. Because bad and duplicate files are known only after decoding, choosing is a fixed
-point: choose, decode what is new, choose again.
+sizes allow. Because bad and duplicate files are known only after they were checked, choosing is a
+fixed point: choose, check what is new, choose again.
+
+Candidates are numbers, positions in a listing; all here is arrays of about 8 bytes a candidate and
+sorts, so time grows as n log n.
 """
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from drorae.data.readers.candidates import Candidate
+import numpy as np
+
+UNKNOWN, BAD = -1, -2
+"""Content of a candidate that was not checked yet, and of one that is rejected."""
 
 
 @dataclass(frozen=True, slots=True)
-class Decoded:
-    """What decoding one candidate gave: where its picture lies, or why there is none."""
-
-    sha256: str
-    """Digest of the source content; empty when rejected."""
-    reason: str = ""
-    """Why it was rejected; empty when it is fine."""
-    chunk: str = ""
-    """Chunk file that holds the picture."""
-    row: int = -1
-    """Row in that chunk."""
-
-
-@dataclass(slots=True)
 class Choice:
     """State of one split after a round."""
 
-    rows: list[Candidate] = field(default_factory=list)
+    rows: np.ndarray
     """Chosen candidates in hash order."""
-    pending: list[Candidate] = field(default_factory=list)
-    """Those of them that are not decoded yet."""
-    duplicates: dict[str, str] = field(default_factory=dict)
-    """Key of a left-out candidate -> key of the equal one that is kept."""
+    pending: np.ndarray
+    """Those of them that are not checked yet."""
+    duplicates: np.ndarray
+    """[n, 2]: a left-out candidate, and the one of equal content that is kept."""
 
 
 def hash_fraction(seed: int, purpose: str, key: str) -> float:
@@ -45,95 +36,97 @@ def hash_fraction(seed: int, purpose: str, key: str) -> float:
     return int.from_bytes(_hash(seed, purpose, key)[:6], "big") / 2**48
 
 
-def hash_order(candidates: Iterable[Candidate], seed: int) -> list[Candidate]:
-    """Candidates in the order of sha256(seed, key)."""
-    return sorted(candidates, key=lambda c: _hash(seed, "order", c.key))
-
-
 def _hash(seed: int, purpose: str, key: str) -> bytes:
     return hashlib.sha256(f"{purpose}/{seed}/{key}".encode()).digest()
 
 
-def split_candidates(
-    candidates: Iterable[Candidate], seed: int, val_fraction: float
-) -> tuple[list[Candidate], list[Candidate]]:
-    """Train and val in hash order: the split that a source states, else `val_fraction` by hash."""
-    ordered = hash_order(candidates, seed)
-    is_val = {
-        c.key: c.split == "val"
-        or (not c.split and hash_fraction(seed, "split", c.key) < val_fraction)
-        for c in ordered
-    }
-    return [c for c in ordered if not is_val[c.key]], [c for c in ordered if is_val[c.key]]
+def hash_order(keys: Iterable[str], seed: int) -> np.ndarray:
+    """Positions of the keys in the order of sha256(seed, key), int64."""
+    digests = b"".join(_hash(seed, "order", key)[:16] for key in keys)
+    words = np.frombuffer(digests, ">u8").reshape(-1, 2)
+    return np.lexsort((words[:, 1], words[:, 0])).astype(np.int64)
 
 
-def even_quotas(sizes: Mapping[str, int], cap: int | None) -> dict[str, int]:
-    """Rows per class: as equal as the sizes allow, `min(cap, all)` in sum.
+def val_mask(
+    keys: Iterable[str], splits: Iterable[str], seed: int, val_fraction: float
+) -> np.ndarray:
+    """Which candidates are validation: by the split that a source states, else by hash."""
+    return np.array(
+        [
+            split == "val" or (not split and hash_fraction(seed, "split", key) < val_fraction)
+            for key, split in zip(keys, splits, strict=True)
+        ],
+        dtype=bool,
+    )
+
+
+def even_quotas(sizes: np.ndarray, cap: int | None) -> np.ndarray:
+    """Rows of each class: as equal as the sizes allow, `min(cap, all)` in sum.
 
     A remainder that cannot be divided goes to the largest classes.
     """
-    if cap is None or cap >= sum(sizes.values()):
-        return dict(sizes)
-    quotas, left = {}, cap
-    by_size = sorted(sizes, key=lambda name: sizes[name])
-    for position, name in enumerate(by_size):
-        quotas[name] = min(sizes[name], left // (len(by_size) - position))
-        left -= quotas[name]
+    if cap is None or cap >= int(sizes.sum()):
+        return sizes.copy()
+    quotas, left = np.zeros_like(sizes), cap
+    by_size = np.argsort(sizes, kind="stable")
+    for position, label in enumerate(by_size):
+        quotas[label] = min(int(sizes[label]), left // (len(by_size) - position))
+        left -= int(quotas[label])
     return quotas
 
 
 def choose(
-    ordered: Sequence[Candidate],
-    decoded: Mapping[str, Decoded],
+    order: np.ndarray,
+    labels: np.ndarray,
+    content: np.ndarray,
     cap: int | None,
-    kept_elsewhere: Mapping[str, str] | None,
+    kept_elsewhere: np.ndarray | None,
 ) -> Choice:
     """Choose the rows of one split from what is known so far.
 
     Args:
-        ordered: Candidates of the split in hash order.
-        decoded: Outcomes by key; those not in it count as fine.
+        order: Candidates of the split in hash order.
+        labels: Class of every candidate, of either split.
+        content: Number of the content of every candidate, from 0; equal files have equal numbers.
+            `UNKNOWN` counts as fine, `BAD` is left out.
         cap: Largest number of rows.
-        kept_elsewhere: Content digest -> key of rows that another split keeps; none: duplicates are
-            allowed.
+        kept_elsewhere: For every content number the candidate that another split keeps, or -1;
+            none: duplicates are allowed.
     """
-    usable = [c for c in ordered if c.key not in decoded or not decoded[c.key].reason]
-    choice = Choice()
+    usable = order[content[order] != BAD]
+    is_left_out = np.zeros(len(content), bool)
+    duplicates = [np.empty((0, 2), np.int64)]
     while True:
-        choice.rows = _capped(usable, choice.duplicates, cap)
-        new = _duplicates(choice.rows, decoded, kept_elsewhere)
-        if not new:
-            choice.pending = [c for c in choice.rows if c.key not in decoded]
-            return choice
-        choice.duplicates |= new
+        rows = _capped(usable[~is_left_out[usable]], labels, cap)
+        new = _duplicates(rows, content, kept_elsewhere)
+        if not len(new):
+            pending = rows[content[rows] == UNKNOWN]
+            return Choice(rows, pending, np.concatenate(duplicates))
+        is_left_out[new[:, 0]] = True
+        duplicates.append(new)
 
 
-def _capped(
-    usable: Sequence[Candidate], left_out: Collection[str], cap: int | None
-) -> list[Candidate]:
-    sizes: dict[str, int] = defaultdict(int)
-    for c in usable:
-        sizes[c.class_name] += c.key not in left_out
-    quotas = even_quotas(dict(sorted(sizes.items())), cap)
-    rows = []
-    for c in usable:
-        if c.key not in left_out and quotas[c.class_name] > 0:
-            quotas[c.class_name] -= 1
-            rows.append(c)
-    return rows
+def _capped(usable: np.ndarray, labels: np.ndarray, cap: int | None) -> np.ndarray:
+    if cap is None or cap >= len(usable):
+        return usable
+    classes = labels[usable]
+    quotas = even_quotas(np.bincount(classes), cap)
+    by_class = np.argsort(classes, kind="stable")
+    first = np.concatenate([[0], np.cumsum(np.bincount(classes))])
+    rank = np.empty(len(usable), np.int64)
+    rank[by_class] = np.arange(len(usable)) - first[classes[by_class]]
+    return usable[rank < quotas[classes]]
 
 
 def _duplicates(
-    rows: Sequence[Candidate],
-    decoded: Mapping[str, Decoded],
-    kept_elsewhere: Mapping[str, str] | None,
-) -> dict[str, str]:
-    if kept_elsewhere is None:
-        return {}
-    kept, found = dict(kept_elsewhere), {}
-    for c in rows:
-        if c.key in decoded:
-            first = kept.setdefault(decoded[c.key].sha256, c.key)
-            if first != c.key:
-                found[c.key] = first
-    return found
+    rows: np.ndarray, content: np.ndarray, kept_elsewhere: np.ndarray | None
+) -> np.ndarray:
+    known = rows[content[rows] >= 0]
+    if kept_elsewhere is None or not len(known):
+        return np.empty((0, 2), np.int64)
+    numbers, first_row = np.unique(content[known], return_index=True)
+    kept = kept_elsewhere.copy()
+    kept[numbers] = np.where(kept[numbers] < 0, known[first_row], kept[numbers])
+    keeper = kept[content[known]]
+    left_out = keeper != known
+    return np.stack([known[left_out], keeper[left_out]], axis=1)

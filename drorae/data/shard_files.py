@@ -1,19 +1,21 @@
-"""The Parquet files of the shard stage and the two workers that write them.
+"""The two workers of the shard stage: one checks pictures, the other writes shards of them.
 
-`DecodeChunk` reads, checks and squares a chunk of candidates once and keeps the pictures in a work
-file; `WriteShard` then collects the rows of one shard, which lie scattered over those files because
-shards are in hash order. Small row groups keep the bytes read per wanted row low.
+`CheckPictures` reads candidates where they lie next to each other and decodes each one once. What a
+shard is to hold and its source cannot give by range (squares, members of compressed containers,
+pixel arrays) goes into packs, work files of pictures one after the other. `WriteShard` collects the
+pictures of one shard by range from packs and sources; it decodes nothing. A picture is thus read
+twice, and written once or, with a pack, twice.
 """
 
+import base64
 import hashlib
-import itertools
-from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+from PIL import Image
 
 from drorae.data.decoding import (
     BadImage,
@@ -21,181 +23,246 @@ from drorae.data.decoding import (
     ImageLimits,
     decode_image,
     encode_png,
-    shrink_to_view,
     to_square,
 )
-from drorae.data.readers.candidates import Candidate, Record
-from drorae.data.readers.filesystem import open_file
+from drorae.data.readers.candidates import (
+    LISTING_SCHEMA,
+    Candidate,
+    Record,
+    file_name,
+    to_candidates,
+)
+from drorae.data.readers.folder import file_span
+from drorae.data.readers.ranges import Span, read_spans
 from drorae.data.readers.source import read_records
+from drorae.data.readers.tar import tar_span
+from drorae.data.shard_format import PICTURE_SCHEMA, write_picture_shard
 from drorae.data.shard_map import ShardTask
+from drorae.data.shard_plan import read_plan
 from drorae.store import files
 
-SCHEMA = pa.schema(
+PACK_BYTES = 64 << 20
+"""Pictures that a worker holds until it writes them as one pack."""
+
+CHECKED_SCHEMA = pa.schema(
     {
-        "id": pa.int64(),
-        "key": pa.string(),
-        "label": pa.int32(),
-        "image": pa.binary(),
-        "source_sha256": pa.string(),
-        "source_width": pa.int32(),
-        "source_height": pa.int32(),
+        "position": pa.int64(),
+        "sha256": pa.binary(32),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "pack": pa.int32(),
+        "start": pa.int64(),
+        "size_bytes": pa.int64(),
+        "reason": pa.string(),
     }
 )
-"""Columns of a shard; `id` counts from 0 in each split, `image` is an 8-bit RGB PNG."""
+"""What checking a candidate gave: digest of its content, size in pixels, number of the task's pack
+that holds the picture (-1: the source does) with its bytes there, or why it is rejected."""
 
-VIEW_SCHEMA = SCHEMA.append(pa.field("image_view", pa.binary()))
-"""Columns of a training shard for random crops: `image_view` is the whole picture, its shorter side
-at most `ShardJob.view_px` (bytes: see there)."""
-
-CHUNK_ROW_GROUP = 16
-"""Rows of a row group in work files: the least that is read for one wanted row."""
-
-SHARD_ROW_GROUP = 256
-"""Rows of a row group in shards."""
-
-
-def part_name(split: str, part: int) -> str:
-    """Name of a shard inside the stage output."""
-    return f"{split}/part-{part:05d}.parquet"
-
-
-def table_bytes(table: pa.Table, row_group: int) -> bytes:
-    """Serialise a table, equal tables to equal bytes; no codec, as PNG compresses no further."""
-    buffer = pa.BufferOutputStream()
-    pq.write_table(
-        table, buffer, compression="none", use_dictionary=False, row_group_size=row_group
-    )
-    return buffer.getvalue().to_pybytes()
+SHARD_PLAN_SCHEMA = pa.schema(
+    {
+        "key": pa.string(),
+        "label": pa.int32(),
+        "uri": pa.binary(),
+        "start": pa.int64(),
+        "size_bytes": pa.int64(),
+        "is_source": pa.bool_(),
+        "sha256": pa.binary(32),
+        "width": pa.int32(),
+        "height": pa.int32(),
+    }
+)
+"""Rows of a shard that is to be written: where each picture lies, and what is known of it."""
 
 
-class DecodeChunk:
-    """Decode candidates to square PNGs in one work file; bad ones become (key, reason).
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PictureRule:
+    """What of a source image a shard keeps."""
+
+    pictures: Literal["square", "source"]
+    """As `ShardJob.pictures`."""
+    side_px: int
+    """Side of the squares."""
+    crop: Crop
+    """How a picture becomes square."""
+    limits: ImageLimits
+    """What is refused."""
+
+
+class CheckPictures:
+    """Decode candidates and say of each one what a shard needs to know.
+
+    Memory: 16 reads and one pack, whatever the number of candidates.
 
     Args:
-        chunks_uri: Folder of the work files.
-        side_px: Side of the squares.
-        crop: How a picture becomes square.
-        limits: What is refused.
-        view_px: Shorter side of the second copy for random crops; none: no copy.
+        packs_uri: Folder of the packs.
+        rule: What is kept.
     """
 
-    def __init__(
-        self,
-        chunks_uri: str,
-        side_px: int,
-        crop: Crop,
-        limits: ImageLimits,
-        view_px: int | None = None,
-    ) -> None:
-        self._chunks_uri = chunks_uri
-        self._side_px = side_px
-        self._crop: Crop = crop
-        self._limits = limits
-        self._view_px = view_px
+    def __init__(self, packs_uri: str, rule: PictureRule) -> None:
+        self._packs_uri, self._rule = packs_uri, rule
 
     def __call__(self, task: ShardTask) -> dict[str, Any]:
-        """Result: accepted [[key, sha256]] in row order, rejected [[key, reason]]."""
-        candidates = [Candidate(*row) for row in task.payload["candidates"]]
-        rows: list[dict[str, Any]] = []
-        rejected: list[tuple[str, str]] = []
-        for record in read_records(candidates):
+        """Plan: a listing with `position` and `rank` in hash order; result: see `read_checked`."""
+        plan = read_plan(task)
+        candidates = to_candidates(plan.select(LISTING_SCHEMA.names))
+        packs = _Packs(files.join(self._packs_uri, task.name), plan["rank"].to_numpy())
+        rows = []
+        for number, record in enumerate(read_records(candidates)):
             try:
-                rows.append(self._picture(record))
+                rows.append(self._check(record, number, packs))
             except BadImage as reason:
-                rejected.append((record.candidate.key, str(reason)))
-        # The order of the shards: neighbours in a shard are then neighbours here, one read fetches
-        # several.
-        rank = {key: i for i, key in enumerate(task.payload["order"])}
-        rows.sort(key=lambda row: rank[row["key"]])
-        uri = files.join(self._chunks_uri, f"{task.name}.parquet")
-        full = SCHEMA if self._view_px is None else VIEW_SCHEMA
-        schema = pa.schema([field for field in full if field.name not in ("id", "label")])
-        table = pa.Table.from_pylist(rows, schema=schema)
-        files.write_bytes(uri, table_bytes(table, CHUNK_ROW_GROUP))
-        accepted = [(row["key"], row["source_sha256"]) for row in rows]
-        return {"chunk": task.name, "accepted": accepted, "rejected": rejected}
+                rows.append({"reason": str(reason)})
+        packs.write()
+        for number, (row, position) in enumerate(zip(rows, plan["position"], strict=True)):
+            row |= {"position": position.as_py(), **packs.places.get(number, {})}
+        return {"checked": _as_text(pa.Table.from_pylist(rows, schema=CHECKED_SCHEMA))}
 
-    def _picture(self, record: Record) -> dict[str, Any]:
-        if record.data is None:
+    def _check(self, record: Record, number: int, packs: "_Packs") -> dict[str, Any]:
+        data = record.data
+        if data is None:
             raise BadImage(record.error)
-        image = decode_image(record.data, self._limits)
-        view: dict[str, Any] = {}
-        if self._view_px is not None:
-            view["image_view"] = encode_png(shrink_to_view(image, self._view_px))
-        return view | {
-            "key": record.candidate.key,
-            "image": encode_png(to_square(image, self._side_px, self._crop)),
-            "source_sha256": content_digest(record.data),
-            "source_width": image.width,
-            "source_height": image.height,
+        image = decode_image(data, self._rule.limits)
+        span = source_span(record.candidate)
+        row = {
+            "sha256": hashlib.sha256(data).digest(),
+            "width": image.width,
+            "height": image.height,
+            "reason": "",
         }
+        if self._rule.pictures == "source" and span and isinstance(data, bytes):
+            return {**row, "pack": -1, "start": span.start, "size_bytes": len(data)}
+        packs.add(number, self._kept(data, image))
+        return row
+
+    def _kept(self, data: bytes | np.ndarray, image: Image.Image) -> bytes:
+        if self._rule.pictures == "square":
+            return encode_png(to_square(image, self._rule.side_px, self._rule.crop))
+        return data if isinstance(data, bytes) else encode_png(image)
 
 
-def content_digest(data: bytes | np.ndarray) -> str:
-    """Sha256 (hex) of a file's bytes, or of pixels."""
-    return hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).hexdigest()
+def source_span(candidate: Candidate) -> Span | None:
+    """Where the file of an image lies byte for byte; none if its container compresses."""
+    spans = {"file": file_span, "tar": tar_span}
+    return spans[candidate.kind](candidate) if candidate.kind in spans else None
+
+
+def _as_text(table: pa.Table) -> str:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return base64.b64encode(sink.getvalue()).decode()
+
+
+def read_checked(result: dict[str, Any]) -> pa.Table:
+    """Table of `CHECKED_SCHEMA` from the result of a task: about 80 bytes a candidate."""
+    with pa.ipc.open_stream(base64.b64decode(result["checked"])) as reader:
+        return reader.read_all()
+
+
+def pack_uri(packs_uri: str, task_name: str, pack: int) -> str:
+    """Address of a pack of a task."""
+    return f"{files.join(packs_uri, task_name)}-{pack}.bin"
+
+
+class _Packs:
+    """Pictures in hash order, as shards ask for them: neighbours are read in one request."""
+
+    def __init__(self, prefix: str, ranks: np.ndarray) -> None:
+        self.places: dict[int, dict[str, int]] = {}
+        self._prefix, self._ranks = prefix, ranks
+        self._waiting: dict[int, bytes] = {}
+        self._waiting_bytes = self._num_packs = 0
+
+    def add(self, number: int, data: bytes) -> None:
+        self._waiting[number] = data
+        self._waiting_bytes += len(data)
+        if self._waiting_bytes >= PACK_BYTES:
+            self.write()
+
+    def write(self) -> None:
+        if not self._waiting:
+            return
+        start = 0
+        numbers = sorted(self._waiting, key=lambda number: self._ranks[number])
+        for number in numbers:
+            size_bytes = len(self._waiting[number])
+            place = {"pack": self._num_packs, "start": start, "size_bytes": size_bytes}
+            self.places[number] = place
+            start += size_bytes
+        folder, _, name = self._prefix.rpartition("/")
+        content = b"".join(self._waiting[number] for number in numbers)
+        files.write_bytes(pack_uri(folder, name, self._num_packs), content)
+        self._waiting, self._waiting_bytes = {}, 0
+        self._num_packs += 1
 
 
 class WriteShard:
-    """Collect the rows of one shard from the work files and write it.
+    """Collect the pictures of one shard and write it.
+
+    Memory: the shard once, and 16 reads.
 
     Args:
-        chunks_uri: Folder of the work files.
         output_uri: Folder of the stage output.
-        with_view: Whether the shard holds the copies for random crops.
     """
 
-    def __init__(self, chunks_uri: str, output_uri: str, with_view: bool = False) -> None:
-        self._chunks_uri = chunks_uri
+    def __init__(self, output_uri: str) -> None:
         self._output_uri = output_uri
-        self._schema = VIEW_SCHEMA if with_view else SCHEMA
 
     def __call__(self, task: ShardTask) -> dict[str, Any]:
-        """Payload: name, first_id, rows [[chunk, row, label]]; result: an entry with its rows."""
-        wanted: list[tuple[str, int, int]] = [(c, r, label) for c, r, label in task.payload["rows"]]
-        pictures: list[pa.Table] = []
-        position: dict[tuple[str, int], int] = {}
-        for chunk, rows in _rows_by_chunk(wanted).items():
-            uri = files.join(self._chunks_uri, f"{chunk}.parquet")
-            start = len(position)
-            position |= {(chunk, row): start + i for i, row in enumerate(rows)}
-            pictures.append(read_rows(uri, rows, self._schema.names))
-        table = pa.concat_tables(pictures).take([position[c, r] for c, r, _ in wanted])
-        first = int(task.payload["first_id"])
-        table = table.append_column("id", pa.array(range(first, first + len(wanted)), pa.int64()))
-        table = table.append_column("label", pa.array([x[2] for x in wanted], pa.int32()))
-        table = table.select(self._schema.names).cast(self._schema).combine_chunks()
-        name = str(task.payload["name"])
-        data = table_bytes(table, SHARD_ROW_GROUP)
-        entry = files.write_bytes(files.join(self._output_uri, name), data)
-        size = {"size_bytes": entry.size_bytes, "sha256": entry.sha256}
-        return {"name": name, "rows": len(wanted), **size}
+        """Plan: `SHARD_PLAN_SCHEMA`; payload: name, first_id; result: a `ShardPart` as JSON.
+
+        Raises:
+            RuntimeError: A source image is not what it was when it was checked.
+        """
+        plan = read_plan(task)
+        first_id, name = int(task.payload["first_id"]), str(task.payload["name"])
+        columns = {
+            "id": pa.array(np.arange(first_id, first_id + len(plan)), pa.int64()),
+            "key": _column(plan, "key"),
+            "label": _column(plan, "label"),
+            "image": _pictures(plan),
+            "source_sha256": pa.array([digest.as_py().hex() for digest in plan["sha256"]]),
+            "source_width": _column(plan, "width"),
+            "source_height": _column(plan, "height"),
+        }
+        batch = pa.record_batch(list(columns.values()), schema=PICTURE_SCHEMA)
+        return write_picture_shard(self._output_uri, name, batch).to_json()
 
 
-def _rows_by_chunk(wanted: Sequence[tuple[str, int, int]]) -> dict[str, list[int]]:
-    rows: dict[str, list[int]] = defaultdict(list)
-    for chunk, row, _ in wanted:
-        rows[chunk].append(row)
-    return {chunk: sorted(rows[chunk]) for chunk in sorted(rows)}
+def _column(plan: pa.Table, name: str) -> pa.Array:
+    return plan[name].combine_chunks()
 
 
-def read_rows(uri: str, rows: Sequence[int], names: Sequence[str]) -> pa.Table:
-    """Chosen rows (ascending) and columns (absent ones ignored) of a Parquet file.
+def _pictures(plan: pa.Table) -> pa.Array:
+    """Column of the pictures, each copied once to its place in the shard."""
+    sizes = plan["size_bytes"].to_numpy()
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    content = np.empty(int(ends[-1]), np.uint8)
+    for row, data in _in_place_order(plan):
+        content[ends[row] : ends[row + 1]] = np.frombuffer(data, np.uint8)
+    offsets = pa.py_buffer(ends.astype(np.int32))
+    return pa.Array.from_buffers(pa.binary(), len(sizes), [None, offsets, pa.py_buffer(content)])
 
-    Only their row groups are read.
-    """
-    with open_file(uri) as file:
-        parquet = pq.ParquetFile(file)
-        sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
-        starts = np.array([0, *itertools.accumulate(sizes)])
-        group_of = np.searchsorted(starts, np.asarray(rows), side="right") - 1
-        groups = sorted(set(group_of.tolist()))
-        table = parquet.read_row_groups(groups, columns=list(names))
-        loaded_start = dict(
-            zip(groups, [0, *itertools.accumulate(sizes[g] for g in groups)], strict=False)
-        )
-        take = [
-            loaded_start[g] + row - starts[g]
-            for g, row in zip(group_of.tolist(), rows, strict=True)
-        ]
-        return table.take(pa.array(take, pa.int64()))
+
+def _in_place_order(plan: pa.Table) -> Iterator[tuple[int, bytes]]:
+    """Row and picture, in the order in which they lie in their files."""
+    rows = plan.to_pylist()
+    order = sorted(range(len(rows)), key=lambda i: (rows[i]["uri"], rows[i]["start"]))
+    spans = [_span(rows[i]) for i in order]
+    for row, data in zip(order, read_spans(spans), strict=True):
+        if isinstance(data, OSError) or not _is_unchanged(rows[row], data):
+            reason = str(data) if isinstance(data, OSError) else "its content is another"
+            raise RuntimeError(
+                f"source image {rows[row]['key']!r} has changed since it was checked ({reason}): "
+                "expected a source that stays as it is. Run the stage again."
+            )
+        yield row, data
+
+
+def _span(row: dict[str, Any]) -> Span:
+    return Span(file_name(row["uri"]), row["start"], row["size_bytes"])
+
+
+def _is_unchanged(row: dict[str, Any], data: bytes) -> bool:
+    return not row["is_source"] or hashlib.sha256(data).digest() == row["sha256"]

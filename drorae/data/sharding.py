@@ -1,41 +1,52 @@
-"""Stage `shard`: raw images of any source become Parquet shards of square PNGs, train and val.
+"""Stage `shard`: raw images of any source become shards of pictures, train and val.
 
-Training shards may hold a second, uncropped copy of each picture, from which random crops are cut
-at load time; validation is always the square.
+Steps: list candidates; choose by hash; check what was chosen (Ray Data, one task a chunk of
+neighbours); choose again until every chosen one is good; write the shards (Ray Data, one task a
+shard). The bytes depend on the source and on ShardJob only. With a cap, files that the cap leaves
+out are neither read nor checked.
 
-Steps: list candidates; choose by hash; decode what was chosen (Ray Data, one task a chunk); choose
-again until every chosen
-one is good; write the shards (Ray Data, one task a shard). The bytes depend on the source and on
-ShardJob only. With a cap, files that the cap leaves out are neither read nor checked.
+Growth: the driver holds about 250 bytes an image. An image is decoded once and read twice, and
+costs a request each time in an image folder on S3; squares and what lies in compressed containers
+are written twice, to a work file and to the shard. A worker holds at most `shard_files.PACK_BYTES`
+or one shard, and 16 reads.
 """
 
 import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from drorae.config import to_json
+from drorae.data.checked import Candidates, Checked
 from drorae.data.decoding import ImageLimits
 from drorae.data.jobs import ShardJob
-from drorae.data.readers.candidates import Candidate, Listing, sort_class_names
+from drorae.data.readers.candidates import Listing, joined, sort_class_names
 from drorae.data.readers.source import list_source
-from drorae.data.selection import Choice, Decoded, choose, split_candidates
-from drorae.data.shard_files import DecodeChunk, WriteShard, part_name
-from drorae.data.shard_map import Executor, ShardTask, map_shards
+from drorae.data.selection import Choice, choose
+from drorae.data.shard_files import CheckPictures, PictureRule, WriteShard
+from drorae.data.shard_format import ShardPart, part_name, write_index
+from drorae.data.shard_map import Executor, map_shards
+from drorae.data.shard_plan import plan_tasks
 from drorae.store import files
 from drorae.store.context import StageContext, StageResult
-from drorae.store.files import FileEntry
 
 __all__ = ["ShardJob", "run_shard"]
 
-MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 256, 4096
-"""Images that one decoding task handles: enough to outweigh a task's start, few enough to lose
+MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 128, 512
+"""Images that one checking task handles: enough to outweigh a task's start, few enough to lose
 little in a crash."""
 
 CHUNKS_PER_ROUND = 64
-"""Decoding tasks aimed at in one round."""
+"""Checking tasks aimed at in one round."""
+
+MAX_SHARD_BYTES = 512 << 20
+"""Pictures in one shard: a worker holds them at once."""
 
 
 def run_shard(
@@ -52,129 +63,145 @@ def run_shard(
         FileNotFoundError: The source does not exist.
         ValueError: The source holds no usable training image, or no validation image although one
             is asked for.
+        RuntimeError: The source changed meanwhile.
     """
-    listing = _list(shard)
-    train, val = split_candidates(listing.candidates, shard.seed, shard.val_fraction)
-    decoded: dict[str, Decoded] = {}
-    chosen = _choose_both(shard, train, val, decoded)
+    candidates = Candidates.of(_list(ctx, shard), shard.seed, shard.val_fraction)
+    checked = Checked(len(candidates.listing))
+    chosen = _choose_both(shard, candidates, checked)
     num_rounds = 0
-    while pending := [*chosen["train"].pending, *chosen["val"].pending]:
+    while any(len(choice.pending) for choice in chosen.values()):
         num_rounds += 1
-        decoded |= _decode(ctx, shard, pending, executor, num_rounds)
-        chosen = _choose_both(shard, train, val, decoded)
-    rejects = _rejects(listing, decoded, chosen)
+        pending = np.concatenate([choice.pending for choice in chosen.values()])
+        _check(ctx, shard, candidates, checked, pending, executor, num_rounds)
+        chosen = _choose_both(shard, candidates, checked)
+    rejects = _rejects(candidates, checked, chosen)
     _check_not_empty(shard, chosen, rejects)
-    labels = {name: label for label, name in enumerate(listing.class_names)}
-    entries = {}
-    for split in ("train", "val"):
-        tasks = _part_tasks(shard, split, chosen[split].rows, decoded, labels)
-        entries[split] = _write_split(ctx, shard, split, tasks, executor)
-    return _finish(ctx, shard, listing, entries, rejects)
+    parts = {
+        split: _write_split(ctx, shard, split, candidates, checked, choice.rows, executor)
+        for split, choice in chosen.items()
+    }
+    return _finish(ctx, shard, candidates.listing, parts, rejects)
 
 
-def _list(job: ShardJob) -> Listing:
-    columns = {"image_column": job.image_column, "label_column": job.label_column}
-    listing = list_source(job.source, **columns)
+def _list(ctx: StageContext, job: ShardJob) -> Listing:
+    def listing_of(uri: str) -> Listing:
+        return list_source(
+            uri,
+            image_column=job.image_column,
+            label_column=job.label_column,
+            on_progress=lambda done, total: ctx.progress(
+                done, total, "folders", message=f"list {uri}"
+            ),
+        )
+
+    listing = listing_of(job.source)
     if job.val_source is None:
         return listing
-    val = list_source(job.val_source, **columns)
+    val = listing_of(job.val_source)
     names = listing.class_names
     if set(val.class_names) - set(names):
         names = tuple(sort_class_names({*names, *val.class_names}))
     return Listing(
-        candidates=[_moved(c, "train") for c in listing.candidates]
-        + [_moved(c, "val") for c in val.candidates],
+        table=joined([_moved(listing.table, "train"), _moved(val.table, "val")]),
         rejects=[(f"train/{key}", reason) for key, reason in listing.rejects]
         + [(f"val/{key}", reason) for key, reason in val.rejects],
         class_names=names,
     )
 
 
-def _moved(candidate: Candidate, split: str) -> Candidate:
-    row = candidate.to_row()
-    row[0], row[2] = f"{split}/{candidate.key}", split
-    return Candidate(*row)
+def _moved(table: pa.Table, split: str) -> pa.Table:
+    """The same candidates in a split, their keys below its name."""
+    keys = pc.binary_join_element_wise(pa.scalar(split), table["key"], "/")
+    splits = pa.DictionaryArray.from_arrays(np.zeros(len(table), np.int32), pa.array([split]))
+    for name, column in (("key", keys), ("split", splits)):
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(place), column)
+    return table
 
 
-def _choose_both(
-    job: ShardJob,
-    train: Sequence[Candidate],
-    val: Sequence[Candidate],
-    decoded: dict[str, Decoded],
-) -> dict[str, Choice]:
+def _choose_both(job: ShardJob, candidates: Candidates, checked: Checked) -> dict[str, Choice]:
+    content = checked.content()
     unique = job.duplicates == "reject"
-    val_choice = choose(val, decoded, job.max_val_images, {} if unique else None)
+    kept = np.full(int(content.max(initial=0)) + 1, -1, np.int64)
+    val = choose(
+        candidates.orders["val"],
+        candidates.labels,
+        content,
+        job.max_val_images,
+        kept if unique else None,
+    )
     # Validation keeps its copy of a duplicate: training must not see it.
-    kept = {decoded[c.key].sha256: c.key for c in val_choice.rows if c.key in decoded}
-    train_choice = choose(train, decoded, job.max_train_images, kept if unique else None)
-    return {"train": train_choice, "val": val_choice}
+    known = val.rows[content[val.rows] >= 0]
+    kept[content[known]] = known
+    train = choose(
+        candidates.orders["train"],
+        candidates.labels,
+        content,
+        job.max_train_images,
+        kept if unique else None,
+    )
+    return {"train": train, "val": val}
 
 
-def _decode(
+def _check(
     ctx: StageContext,
     job: ShardJob,
-    pending: Sequence[Candidate],
+    candidates: Candidates,
+    checked: Checked,
+    pending: np.ndarray,
     executor: Executor | None,
     number: int,
-) -> dict[str, Decoded]:
-    # Neighbours in a container are decoded together; the hash order is restored inside each chunk.
-    place = sorted(pending, key=lambda c: (c.container, c.index, c.member, c.key))
-    rank = {c.key: i for i, c in enumerate(pending)}
-    rows = max(MIN_CHUNK_ROWS, min(MAX_CHUNK_ROWS, len(place) // CHUNKS_PER_ROUND))
-    chunks = [place[start : start + rows] for start in range(0, len(place), rows)]
-    tasks = [_chunk_task(chunk, rank) for chunk in chunks]
-    limits = ImageLimits(
+) -> None:
+    """Decode the pending candidates, and add what was found to `checked`."""
+    rows = max(MIN_CHUNK_ROWS, min(MAX_CHUNK_ROWS, len(pending) // CHUNKS_PER_ROUND))
+    tasks = plan_tasks(
+        files.join(ctx.work_uri, "plan", f"check-{number}.arrows"),
+        "check",
+        lambda: ((chunk, {}) for chunk in candidates.chunks(pending, rows)),
+    )
+    rule = PictureRule(
+        pictures=job.pictures, side_px=job.resolution_px, crop=job.crop, limits=_limits(job)
+    )
+    results = map_shards(
+        tasks,
+        functools.partial(CheckPictures, _packs_uri(ctx), rule),
+        work_uri=ctx.work_uri,
+        compute=ctx.compute,
+        on_progress=lambda done, total: ctx.progress(
+            done, total, "chunks", message=f"check {len(pending)} images, round {number}"
+        ),
+        executor=executor,
+    )
+    checked.add([task.name for task in tasks], results)
+
+
+def _limits(job: ShardJob) -> ImageLimits:
+    return ImageLimits(
         min_side_px=job.min_side_px,
         max_aspect_ratio=job.max_aspect_ratio,
         max_pixels=job.max_pixels,
     )
-    results = map_shards(
-        tasks,
-        functools.partial(
-            DecodeChunk, _chunks_uri(ctx), job.resolution_px, job.crop, limits, job.view_px
-        ),
-        work_uri=ctx.work_uri,
-        compute=ctx.compute,
-        on_progress=lambda done, total: ctx.progress(
-            done, total, "chunks", message=f"decode {len(pending)} images, round {number}"
-        ),
-        executor=executor,
-    )
-    outcomes: dict[str, Decoded] = {}
-    for result in results:
-        for row, (key, sha256) in enumerate(result["accepted"]):
-            outcomes[key] = Decoded(sha256, chunk=result["chunk"], row=row)
-        outcomes |= {key: Decoded("", reason=reason) for key, reason in result["rejected"]}
-    return outcomes
 
 
-def _chunk_task(chunk: Sequence[Candidate], rank: dict[str, int]) -> ShardTask:
-    order = sorted((c.key for c in chunk), key=lambda key: rank[key])
-    payload = {"candidates": [c.to_row() for c in chunk], "order": order}
-    return ShardTask(f"chunk-{_short_digest(payload)}", payload)
-
-
-def _short_digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
-
-
-def _chunks_uri(ctx: StageContext) -> str:
-    return files.join(ctx.work_uri, "decoded")
+def _packs_uri(ctx: StageContext) -> str:
+    return files.join(ctx.work_uri, "packs")
 
 
 def _rejects(
-    listing: Listing, decoded: dict[str, Decoded], chosen: dict[str, Choice]
+    candidates: Candidates, checked: Checked, chosen: dict[str, Choice]
 ) -> list[tuple[str, str]]:
-    bad = [(key, outcome.reason) for key, outcome in decoded.items() if outcome.reason]
-    duplicates = {**chosen["train"].duplicates, **chosen["val"].duplicates}
-    equal = [(key, f"duplicate of {first}") for key, first in duplicates.items()]
-    return sorted([*listing.rejects, *bad, *equal])
+    positions, reasons = checked.rejects()
+    bad = zip(candidates.keys(positions), reasons, strict=True)
+    pairs = np.concatenate([choice.duplicates for choice in chosen.values()])
+    keys = zip(candidates.keys(pairs[:, 0]), candidates.keys(pairs[:, 1]), strict=True)
+    equal = [(key, f"duplicate of {first}") for key, first in keys]
+    return sorted([*candidates.listing.rejects, *bad, *equal])
 
 
 def _check_not_empty(
     job: ShardJob, chosen: dict[str, Choice], rejects: Sequence[tuple[str, str]]
 ) -> None:
-    if not chosen["train"].rows:
+    if not len(chosen["train"].rows):
         reasons = Counter(reason.split(":")[0] for _, reason in rejects).most_common(6)
         told = ", ".join(f"{count} x {reason}" for reason, count in reasons) or "none was found"
         raise ValueError(
@@ -182,44 +209,31 @@ def _check_not_empty(
             "expected at least one. Correct the source or the limits of the shard section."
         )
     wants_val = job.val_source is not None or job.val_fraction > 0
-    if wants_val and not chosen["val"].rows:
+    if wants_val and not len(chosen["val"].rows):
         raise ValueError(
             f"shard.val_fraction={job.val_fraction:g} of {len(chosen['train'].rows)} images leaves "
             "no validation image: raise it, set shard.val_source, or set it to 0 for no validation."
         )
 
 
-def _part_tasks(
-    job: ShardJob,
-    split: str,
-    rows: Sequence[Candidate],
-    decoded: dict[str, Decoded],
-    labels: dict[str, int],
-) -> list[ShardTask]:
-    tasks = []
-    for part, start in enumerate(range(0, len(rows), job.rows_per_shard)):
-        found = [(decoded[c.key], c) for c in rows[start : start + job.rows_per_shard]]
-        payload = {
-            "name": part_name(split, part),
-            "first_id": start,
-            "rows": [[d.chunk, d.row, labels[c.class_name]] for d, c in found],
-        }
-        # The digest keeps a marker of an earlier attempt from standing for other rows.
-        tasks.append(ShardTask(f"{split}-{part:05d}-{_short_digest(payload)}", payload))
-    return tasks
-
-
 def _write_split(
     ctx: StageContext,
     job: ShardJob,
     split: str,
-    tasks: Sequence[ShardTask],
+    candidates: Candidates,
+    checked: Checked,
+    rows: np.ndarray,
     executor: Executor | None,
-) -> list[dict[str, Any]]:
-    has_views = split == "train" and job.view_px is not None
-    return map_shards(
+) -> list[ShardPart]:
+    def plans() -> Iterator[tuple[pa.Table, dict[str, Any]]]:
+        for part, (start, stop) in enumerate(_bounds(checked.sizes(rows), job.rows_per_shard)):
+            plan = checked.shard_plan(candidates, rows[start:stop], _packs_uri(ctx))
+            yield plan, {"name": part_name(split, part), "first_id": start}
+
+    tasks = plan_tasks(files.join(ctx.work_uri, "plan", f"{split}.arrows"), split, plans)
+    results = map_shards(
         tasks,
-        functools.partial(WriteShard, _chunks_uri(ctx), ctx.output_uri, has_views),
+        functools.partial(WriteShard, ctx.output_uri),
         work_uri=ctx.work_uri,
         compute=ctx.compute,
         on_progress=lambda done, total: ctx.progress(
@@ -227,33 +241,45 @@ def _write_split(
         ),
         executor=executor,
     )
+    return [ShardPart.from_json(result) for result in results]
+
+
+def _bounds(sizes: np.ndarray, rows_per_shard: int) -> Iterator[tuple[int, int]]:
+    """First and last row of each shard: at most so many rows and `MAX_SHARD_BYTES`."""
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    start = 0
+    while start < len(sizes):
+        fits = int(np.searchsorted(ends, ends[start] + MAX_SHARD_BYTES, side="right")) - 1
+        stop = min(start + rows_per_shard, max(fits, start + 1), len(sizes))
+        yield start, stop
+        start = stop
 
 
 def _finish(
     ctx: StageContext,
     job: ShardJob,
     listing: Listing,
-    entries: dict[str, list[dict[str, Any]]],
+    parts: dict[str, list[ShardPart]],
     rejects: Sequence[tuple[str, str]],
 ) -> StageResult:
-    shards = {split: [entry["rows"] for entry in entries[split]] for split in entries}
+    shards = {split: [len(part.labels) for part in parts[split]] for split in parts}
     counts = {
         **{s: {"rows": sum(rows), "shards": rows} for s, rows in shards.items()},
         "rejected": len(rejects),
         "class_names": list(listing.class_names),
         "resolution_px": job.resolution_px,
-        "source_images": len(listing.candidates),
-        "source_digest": _short_digest([c.key for c in listing.candidates]),
+        "pictures": job.pictures,
+        "crop": job.crop,
+        "limits": to_json(_limits(job)),
+        "source_images": len(listing),
+        "source_digest": _digest_of(listing.table["key"]),
     }
     if job.view_px is not None:
         counts["view_px"] = job.view_px
     lines = [json.dumps({"key": key, "reason": reason}) for key, reason in rejects]
-    written = [
-        FileEntry(name=e["name"], size_bytes=e["size_bytes"], sha256=e["sha256"])
-        for split in entries
-        for e in entries[split]
-    ]
+    written = [part.entry for split in parts for part in parts[split]]
     written += [
+        *(write_index(ctx.output_uri, split, parts[split]) for split in parts),
         ctx.put_json("counts.json", counts),
         ctx.put_bytes("rejects.jsonl", "".join(f"{line}\n" for line in lines).encode()),
         ctx.put_json("config.json", {"shard": to_json(job)}),
@@ -262,3 +288,10 @@ def _finish(
     return StageResult(
         files=written, metrics={**metrics, "shard/images/rejected": float(len(rejects))}
     )
+
+
+def _digest_of(keys: pa.ChunkedArray) -> str:
+    total = hashlib.sha256()
+    for chunk in keys.chunks:
+        total.update("\n".join(chunk.to_pylist()).encode())
+    return total.hexdigest()[:20]

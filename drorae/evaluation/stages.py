@@ -140,7 +140,7 @@ def run_report(ctx: StageContext, *, recipe: str, report: ReportJob) -> StageRes
 
 
 def _prepare(ctx: StageContext, seed: int, encoder: EncoderConfig, evaluate: EvaluateJob) -> _Run:
-    device = torch.device("cuda" if ctx.compute.use_gpu else "cpu")
+    device = torch.device(ctx.compute.device_type)
     photos = ImageShards(ctx.inputs["shard"], "val")
     wanted = evaluate.num_val_images or len(photos)
     if wanted > len(photos):

@@ -12,7 +12,7 @@ from drorae.data.jobs import LatentJob
 from drorae.evaluation.job import EvaluateJob, ReportJob
 from drorae.models.dit_config import DiTConfig, dit_preset
 from drorae.recipes.full import FullJob
-from drorae.recipes.imagenet_tokenizer import TRAIN_IMAGES, imagenet_sections
+from drorae.recipes.imagenet_tokenizer import ORDER, TRAIN_IMAGES, imagenet_sections
 from drorae.training.jobs import DiffusionStage, OptimConfig
 
 __all__ = ["PAPER_EPOCH", "imagenet256", "imagenet256_rae", "imagenet256_raev2", "imagenet512"]
@@ -192,6 +192,7 @@ def _paper_stage(model: DiTConfig, num_epochs: int) -> DiffusionStage:
         model=model,
         num_steps=num_epochs * PAPER_EPOCH,
         batch_images=PAPER_BATCH,
+        order=ORDER,
         optim=OptimConfig(
             lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, schedule="constant", clip_norm=1.0
         ),
@@ -206,6 +207,7 @@ def _rae_stage(model: DiTConfig, num_epochs: int) -> DiffusionStage:
         model=model,
         num_steps=num_epochs * RAE_EPOCH,
         batch_images=RAE_BATCH,
+        order=ORDER,
         optim=_rae_optim(hold_epochs=40, end_epochs=800),
         ema_decay=0.9995,
         precision="tf32",

@@ -7,7 +7,7 @@ Sources: DRoRAE arXiv:2605.10780, section 2.2 and appendix; what it leaves open 
 
 from typing import Any, Literal, TypedDict
 
-from drorae.data.jobs import ShardJob
+from drorae.data.jobs import OrderConfig, ShardJob
 from drorae.models.decoder_config import decoder_preset
 from drorae.models.encoder_config import EncoderConfig
 from drorae.models.fusion_config import FusionConfig
@@ -20,10 +20,14 @@ from drorae.training.jobs import (
     TokenizerTraining,
 )
 
-__all__ = ["TRAIN_IMAGES", "TokenizerSections", "imagenet_sections"]
+__all__ = ["ORDER", "TRAIN_IMAGES", "TokenizerSections", "imagenet_sections"]
 
 TRAIN_IMAGES = 1_281_167
 """Training images of ImageNet-1k (ILSVRC 2012)."""
+
+ORDER = OrderConfig(streams=64, window_shards=4)
+"""Streams divide every batch size of the recipes and up to 64 nodes. With four of 1,252 shards a
+window, a batch of 256 has images of 175 shards (a full permutation: 232)."""
 
 WARMUP_EPOCHS = 1
 """RAE configuration: linear warm-up of one epoch; the paper states none."""
@@ -83,8 +87,9 @@ def _shard(image_px: int) -> ShardJob:
         val_source="imagenet/val",
         resolution_px=image_px,
         crop="center",  # ADM, the evaluation protocol of RAE and of the paper
+        pictures="source",
         view_px=image_px * 3 // 2,  # RAE: shorter side to int(1.5 * size), then a random crop
-        rows_per_shard=1024,  # about 1,251 shards; a Parquet column of bytes must stay below 2 GB
+        rows_per_shard=1024,  # about 1,251 shards of 110 MB
         min_side_px=1,
         max_aspect_ratio=1000.0,
         duplicates="keep",
@@ -180,5 +185,6 @@ def _shared() -> dict[str, Any]:
         "hidden_states": "none",
         # RAE leaves float32 or bfloat16 to the caller; losses and master weights are float32.
         "precision": "bfloat16",
+        "order": ORDER,
         "eval_every_steps": 2500,  # RAE: a grid of samples every 2,500 steps
     }

@@ -81,6 +81,26 @@ def read_bytes(uri: str) -> bytes:
         return Path(uri).read_bytes()
 
 
+def read_range(uri: str, start: int, end: int) -> bytes:
+    """Bytes `start` up to `end` of a file: one request of exactly that length, nothing read ahead.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        OSError: If the file ends before `end`.
+    """
+    if end <= start:
+        return b""
+    with clear_errors(uri):
+        if is_s3(uri):
+            data = patiently(lambda: s3.filesystem().cat_file(uri, start=start, end=end))
+        else:
+            with open(uri, "rb", buffering=0) as source:
+                data = os.pread(source.fileno(), end - start, start)
+    if len(data) != end - start:
+        raise OSError(f"{uri} ends {end - start - len(data)} bytes before byte {end}")
+    return data
+
+
 def read_json(uri: str) -> Any:
     """Parsed JSON file.
 

@@ -7,6 +7,8 @@ imported on first use: it costs about a second.
 
 import functools
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import fsspec.asyn
@@ -65,6 +67,45 @@ def _filesystem(
     )
     client.retries = NUM_S3FS_TRIES
     return client
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What one listing request answers: up to 1,000 names, relative to the prefix asked for."""
+
+    objects: list[tuple[str, int]]
+    """Name and size in bytes."""
+    folders: list[str]
+    """Names that go on after a slash, with it; empty unless they were asked for."""
+
+
+def list_pages(prefix_uri: str, *, by_folder: bool = False) -> Iterator[Page]:
+    """All objects whose address begins with a prefix, a page at a time and a page a request.
+
+    Args:
+        prefix_uri: Address of a folder, with a slash at its end.
+        by_folder: Name the folders directly under it instead of the objects in them.
+    """
+    bucket, prefix = split(prefix_uri)
+    asked: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
+    if by_folder:
+        asked["Delimiter"] = "/"
+    while asked:
+        request = functools.partial(_list_page, asked)
+        with clear_errors(prefix_uri):
+            reply = patiently(request)
+        found = reply.get("Contents", [])
+        inside = reply.get("CommonPrefixes", [])
+        yield Page(
+            objects=[(entry["Key"][len(prefix) :], int(entry["Size"])) for entry in found],
+            folders=[entry["Prefix"][len(prefix) :] for entry in inside],
+        )
+        token = reply.get("NextContinuationToken")
+        asked = {**asked, "ContinuationToken": token} if reply.get("IsTruncated") else {}
+
+
+def _list_page(asked: dict[str, Any]) -> dict[str, Any]:
+    return filesystem().call_s3("list_objects_v2", **asked)
 
 
 def get_with_etag(uri: str) -> tuple[bytes, str]:

@@ -5,9 +5,11 @@ functions that each class configures are in the module of its name (`optim`, `cr
 `diffusion`), and `drorae.training.stages` takes the `...Stage` classes.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from drorae.data.jobs import OrderConfig
 from drorae.diffusion.time_config import TimeConfig
 from drorae.models.decoder_config import DecoderConfig
 from drorae.models.discriminator_config import DiscriminatorConfig
@@ -134,6 +136,15 @@ def _check_order(unit: str, learn_from: float, start: float) -> None:
         )
 
 
+def _check_streams(batch_images: int, order: OrderConfig) -> None:
+    if batch_images % order.streams:
+        fitting = math.gcd(batch_images, order.streams)
+        raise ValueError(
+            f"order.streams={order.streams} does not divide batch_images={batch_images}: expected "
+            f"a divisor of it; set order.streams={fitting} or another batch."
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerTraining:
     """What one tokenizer phase computes."""
@@ -142,6 +153,8 @@ class TokenizerTraining:
     """Optimiser steps. DRoRAE: 100, 100 and 20 ImageNet epochs of 5,004 steps at batch 256."""
     batch_images: int = 256
     """Images in a global batch, over all workers. DRoRAE section 2.2: 256."""
+    order: OrderConfig = field(default_factory=OrderConfig)
+    """Order of the samples of an epoch; its streams must divide `batch_images`."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser of the generator side."""
     l1_weight: float = 1.0
@@ -177,6 +190,7 @@ class TokenizerTraining:
             raise ValueError(
                 f"num_steps={self.num_steps}, batch_images={self.batch_images}: expected 1 or more."
             )
+        _check_streams(self.batch_images, self.order)
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay={self.ema_decay} is out of range: expected [0, 1).")
         if self.noise_tau < 0:
@@ -257,6 +271,8 @@ class DiffusionStage:
     100k."""
     batch_images: int = 256
     """Images in a global batch, over all workers. DRoRAE 256, RAE 1024."""
+    order: OrderConfig = field(default_factory=OrderConfig)
+    """Order of the samples of an epoch; its streams must divide `batch_images`."""
     times: TimeConfig = field(default_factory=TimeConfig)
     """Distribution of t and its shift."""
     prediction: Literal["velocity", "clean"] = "velocity"
@@ -283,6 +299,7 @@ class DiffusionStage:
             raise ValueError(
                 f"num_steps={self.num_steps}, batch_images={self.batch_images}: expected 1 or more."
             )
+        _check_streams(self.batch_images, self.order)
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay={self.ema_decay} is out of range: expected [0, 1).")
         if self.base_weight < 0:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from drorae.data.sample_order import steps_per_epoch
+from drorae.data.order import steps_per_epoch
 from drorae.training.jobs import TokenizerTraining
 
 __all__ = ["in_steps", "schedule_record"]

@@ -18,7 +18,7 @@ from drorae.data.assets import asset_path
 from drorae.data.hidden_states import HiddenStates, hidden_cache_path, hidden_in_step
 from drorae.data.images import ImageShards
 from drorae.data.latent_shards import LatentShards
-from drorae.data.loaders import crop_batches, latent_batches, tokenizer_batches
+from drorae.data.loaders import Delivery, crop_batches, latent_batches, tokenizer_batches
 from drorae.data.random_crops import RandomCrops
 from drorae.losses.perceptual import load_perceptual
 from drorae.models.decoder import Decoder, DecoderConfig
@@ -192,7 +192,7 @@ def _train_dit(ctx: StageContext, world: World, *, seed: int, job: DiffusionStag
     torch.set_float32_matmul_precision("high" if job.precision == "tf32" else "highest")
 
     def batches(start: int) -> Iterator[DiffusionBatch]:
-        return latent_batches(latents, start_step=start, **_order(job, world, seed))
+        return latent_batches(latents, start_step=start, **_delivery(ctx, job, world, seed))
 
     with _Tools(ctx, world) as tools:
         report = train_diffusion(job, model, watched(batches), tools, stage=ctx.stage, seed=seed)
@@ -298,14 +298,14 @@ def _tokenizer_batches(
     ctx: StageContext, job: TokenizerTraining, world: World, seed: int, train: HiddenStates
 ) -> Callable[[int], Iterator[TokenizerBatch]]:
     """Batches from a step on: random crops, or the stored squares with their hidden states."""
-    order = _order(job, world, seed)
+    delivery = _delivery(ctx, job, world, seed)
     if job.view == "random_crop":
         crops = RandomCrops(
             ctx.inputs["shard"], seed=seed, cache_path=ctx.compute.cache_path or None
         )
-        return lambda start: crop_batches(crops, start_step=start, **order)
+        return lambda start: crop_batches(crops, start_step=start, **delivery)
     kept = train if job.hidden_states != "none" else None
-    return lambda start: tokenizer_batches(train.shards, kept, start_step=start, **order)
+    return lambda start: tokenizer_batches(train.shards, kept, start_step=start, **delivery)
 
 
 def _hidden_states(
@@ -322,14 +322,19 @@ def _fill_progress(ctx: StageContext, world: World) -> Callable[[int, int], None
     return lambda done, total: ctx.progress(done, total, "blocks", message=message)
 
 
-def _order(job: TokenizerTraining | DiffusionStage, world: World, seed: int) -> dict[str, int]:
-    """What fixes this rank's samples in every step."""
+def _delivery(
+    ctx: StageContext, job: TokenizerTraining | DiffusionStage, world: World, seed: int
+) -> Delivery:
+    """What fixes this rank's samples in every step, and how they are made ready."""
     return {
         "seed": seed,
         "num_steps": job.num_steps,
         "global_batch": job.batch_images,
+        "order": job.order,
         "rank": world.rank,
         "world_size": world.world_size,
+        "threads": ctx.compute.loader_threads,
+        "pin": world.device.type == "cuda",
     }
 
 

@@ -9,8 +9,9 @@ service; it costs one small write per rank a tenth of the limit, 9 s by default.
 The limit is a number of seconds, or a number of typical steps of this run if those take longer. Not
 judged by it are the first step, which may compile for minutes, and what the loop announces as long
 (`unhurried`: evaluation, checkpoint): its own rank has another limit there, and the other ranks,
-which then wait for it in a collective, see in its report that it is at work. A store that is away
-delays batches and reports alike, and is waited for as long as its requests wait.
+which then wait for it in a collective, see in its report that it is at work. A download on which a
+batch waits is such work as long as its bytes arrive. A store that is away delays batches and
+reports alike, and is waited for as long as its requests wait.
 """
 
 import logging
@@ -29,7 +30,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from drorae.config import from_json, to_json
-from drorae.store import files, patience
+from drorae.store import arrivals, files, patience
 
 __all__ = ["RankReport", "Watchdog", "read_reports", "report_uri", "unhurried", "watched"]
 
@@ -195,7 +196,8 @@ class Watchdog:
         """Whether the loop went on after all, or waits for what has a limit of its own."""
         late_s = self._late_s()
         others = [r for r in reports if r not in (self._rank, *silent)]
-        if late_s > 0 and any(reports[rank].busy for rank in others):
+        is_busy = arrivals.is_arriving() or any(reports[rank].busy for rank in others)
+        if late_s > 0 and is_busy:
             # Once it is done there, this rank may wait for its step as long as for any other.
             self._excused_s = time.monotonic()
             return True
@@ -209,7 +211,7 @@ class Watchdog:
             pid=os.getpid(),
             batches=self._batches,
             number=self._number,
-            busy=self._busy or ("waiting for the store" if patience.is_waiting() else ""),
+            busy=self._busy or _waits_for(),
             where=_innermost(self._loop_thread),
         )
 
@@ -223,6 +225,13 @@ class Watchdog:
             log.warning("rank %d could not report: %s", self._rank, error)
             return False
         return True
+
+
+def _waits_for() -> str:
+    """What delays the batches of this process; empty: nothing known."""
+    if patience.is_waiting():
+        return "waiting for the store"
+    return "waiting for a download" if arrivals.is_arriving() else ""
 
 
 def watched(batches: Callable[[int], Iterator[T]]) -> Callable[[int], Iterator[T]]:

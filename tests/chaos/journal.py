@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from drorae.data import sample_order
+from drorae.data.order import epoch_ids, position, steps_per_epoch
 from tests.chaos.stage import BATCH, SAMPLES
 
 POLL_S = 0.05
@@ -98,7 +98,7 @@ def counted(groups: list[Group], num_steps: int) -> dict[int, list[int]]:
 
 def order_errors(groups: list[Group], num_steps: int, seed: int) -> list[str]:
     """What is wrong with the samples that counted: each once an epoch, in the seed's order."""
-    per_epoch = sample_order.steps_per_epoch(SAMPLES, BATCH)
+    per_epoch = steps_per_epoch(SAMPLES, BATCH)
     steps = counted(groups, num_steps)
     errors: list[str] = []
     for epoch in range(num_steps // per_epoch):
@@ -107,7 +107,7 @@ def order_errors(groups: list[Group], num_steps: int, seed: int) -> list[str]:
         if sorted(ids) != list(range(SAMPLES)):
             errors.append(f"epoch {epoch}: {len(ids)} samples, {len(set(ids))} different ones")
     for step, ids in steps.items():
-        epoch, inner = sample_order.position(step, SAMPLES, BATCH)
-        if ids != sample_order.batch_ids(seed, epoch, inner, SAMPLES, BATCH).tolist():
+        epoch, inner = position(step, SAMPLES, BATCH)
+        if ids != epoch_ids(seed, epoch, (SAMPLES,), BATCH, 1, 0)[inner].tolist():
             errors.append(f"step {step}: another batch than that of the seed")
     return errors

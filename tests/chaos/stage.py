@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from drorae.config import Compute
-from drorae.data.loaders import LatentBatch
+from drorae.data.batches import LatentBatch
 from drorae.models.dit_config import DiTConfig
 from drorae.store.context import StageContext, StageResult
 from drorae.training.jobs import DiffusionStage

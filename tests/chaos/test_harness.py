@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from drorae.data import sample_order
+from drorae.data.order import epoch_ids, position
 from tests.chaos.__main__ import main
 from tests.chaos.faults import fill, forbid_growth, small_disk
 from tests.chaos.journal import order_errors, read_groups, steps_redone
@@ -22,8 +22,8 @@ SEED, NUM_STEPS = 3, 16
 
 
 def ids_of(step: int, seed: int = SEED) -> list[int]:
-    epoch, inner = sample_order.position(step, SAMPLES, BATCH)
-    return sample_order.batch_ids(seed, epoch, inner, SAMPLES, BATCH).tolist()
+    epoch, inner = position(step, SAMPLES, BATCH)
+    return epoch_ids(seed, epoch, (SAMPLES,), BATCH, 1, 0)[inner].tolist()
 
 
 def write(path: Path, group: str, first: int, last: int, seed: int = SEED) -> None:

@@ -1,5 +1,5 @@
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -95,6 +95,46 @@ def test_values_are_json_or_else_text(assignment: str, value: object) -> None:
     assert getattr(holder, name) == value
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coupled:
+    left: int = 1
+    right: int = 1
+
+    def __post_init__(self) -> None:
+        if self.left != self.right:
+            raise ValueError(f"left={self.left} does not fit right={self.right}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    coupled: Coupled = field(default_factory=Coupled)
+    path: str = "a"
+    second: str | None = None
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_fields_that_must_fit_each_other_change_together_in_any_order(order: int) -> None:
+    changed = override(Pair(), ["coupled.left=2", "coupled.right=2"][::order])
+    assert changed.coupled == Coupled(left=2, right=2)
+    with pytest.raises(ValueError, match="does not fit"):
+        override(Pair(), ["coupled.left=2"])
+
+
+def test_the_later_of_two_assignments_wins() -> None:
+    inside = "middle.model.lr=0.5"
+    whole = 'middle.model={"lr": 0.25}'
+    assert override(ROOT, [inside, "middle.model.lr=0.75"]).middle.model.lr == 0.75
+    assert override(ROOT, [inside, whole]).middle.model.lr == 0.25
+    assert override(ROOT, [whole, inside]).middle.model.lr == 0.5
+
+
+@pytest.mark.parametrize("text", ["2012", "true", "1e3", "[x]"])
+def test_a_text_field_takes_what_looks_like_a_number_as_text(text: str) -> None:
+    changed = override(Pair(), [f"path={text}", f"second={text}"])
+    assert (changed.path, changed.second) == (text, text)
+    assert override(changed, ["second=null"]).second is None
+
+
 def test_unknown_and_missing_fields_are_named() -> None:
     with pytest.raises(ValueError, match=r"Root\.names is no field.*name"):
         from_json(Root, {"names": "x"})
@@ -142,3 +182,18 @@ def test_compute_refuses_no_workers() -> None:
 def test_impossible_ways_to_run_are_refused(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Compute(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "device_type"),
+    [
+        ({}, "cpu"),
+        ({"use_gpu": True}, "cuda"),
+        ({"use_gpu": True, "device": "cpu"}, "cpu"),
+        ({"device": "cuda"}, "cuda"),
+    ],
+)
+def test_arithmetic_follows_the_device_and_else_what_ray_gives(
+    fields: dict[str, Any], device_type: str
+) -> None:
+    assert Compute(**fields).device_type == device_type

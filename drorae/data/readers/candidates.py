@@ -1,16 +1,15 @@
 """What a reader finds: candidates (where one image lies) and listings (all candidates of a source).
 
-A candidate is small and plain, because hundreds of thousands of them travel from the driver to the
-shard actors.
+A listing is an Arrow table, because it holds millions of images: names, classes and containers that
+repeat are stored once. A `Candidate` is one row of it, made where the image is read.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import Any
+from posixpath import splitext
 
 import numpy as np
+import pyarrow as pa
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -19,6 +18,24 @@ IMAGE_SUFFIXES = frozenset(
 
 UNLABELLED = "all"
 """Class name of a source that has no classes."""
+
+_REPEATED = pa.dictionary(pa.int32(), pa.string())
+
+LISTING_SCHEMA = pa.schema(
+    {
+        "key": pa.string(),
+        "class_name": _REPEATED,
+        "split": _REPEATED,
+        "kind": _REPEATED,
+        # Names of files may be no Unicode.
+        "container": pa.dictionary(pa.int32(), pa.binary()),
+        "index": pa.int64(),
+        "size_bytes": pa.int64(),
+        "member": pa.binary(),
+        "unit": pa.int32(),
+    }
+)
+"""Columns of a listing, as in `Candidate`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,28 +51,33 @@ class Candidate:
     kind: str
     """Reader that can read it: `file`, `tar`, `zip`, `parquet` or `cifar`."""
     container: str
-    """URI or path of the file that holds it."""
+    """URI or path of the file that holds it, or of the folder in which the file lies."""
     index: int = 0
     """Byte offset (tar), row (parquet, cifar) or unused."""
     size_bytes: int = 0
     """Length in bytes (tar) or unused."""
     member: str = ""
-    """Name inside the container (zip) or column (parquet)."""
-
-    def to_row(self) -> list[Any]:
-        """Plain list for JSON."""
-        return list(dataclasses.astuple(self))
+    """Name inside the container (file, zip) or column (parquet)."""
+    unit: int = 0
+    """Rows of one unit of a container are only read together: its row group (parquet), or 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """All candidates of a source, sorted by key, with what could not even be listed."""
+    """All candidates of a source, sorted by key, with what could not even be listed.
 
-    candidates: list[Candidate]
+    Grows by about 100 bytes an image, with names of 30 characters.
+    """
+
+    table: pa.Table
+    """One row per candidate, columns `LISTING_SCHEMA`."""
     rejects: list[tuple[str, str]]
     """(key, reason)."""
     class_names: tuple[str, ...] = ()
     """Known class names in label order when the source states them; else empty."""
+
+    def __len__(self) -> int:
+        return self.table.num_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +89,76 @@ class Record:
     error: str = ""
 
 
+def listed(
+    kind: str,
+    container: str,
+    *,
+    keys: Sequence[str],
+    class_names: Sequence[str],
+    split: str = "",
+    index: Sequence[int] | np.ndarray | int = 0,
+    size_bytes: Sequence[int] | int = 0,
+    member: Sequence[str] | str = "",
+    unit: Sequence[int] | np.ndarray | int = 0,
+) -> pa.Table:
+    """Table of the candidates of one container; a single value stands for all of them."""
+    members = [member] if isinstance(member, str) else member
+    names = pa.array([file_name_bytes(name) for name in members], pa.binary())
+    count = len(keys)
+    if isinstance(member, str):
+        names = names.take(pa.array(np.zeros(count, np.int64)))
+    columns = [
+        pa.array(keys, pa.string()),
+        pa.array(class_names, pa.string()).dictionary_encode(),
+        _repeated(split, count),
+        _repeated(kind, count),
+        _repeated(file_name_bytes(container), count),
+        _numbers(index, count, pa.int64()),
+        _numbers(size_bytes, count, pa.int64()),
+        names,
+        _numbers(unit, count, pa.int32()),
+    ]
+    return pa.table(columns, schema=LISTING_SCHEMA)
+
+
+def joined(tables: Sequence[pa.Table]) -> pa.Table:
+    """Listings as one, in their order, with one dictionary a column."""
+    if not tables:
+        return LISTING_SCHEMA.empty_table()
+    return pa.concat_tables(tables).unify_dictionaries().combine_chunks()
+
+
+def _repeated(value: str | bytes, count: int) -> pa.DictionaryArray:
+    codes = pa.array(np.zeros(count, np.int32))
+    return pa.DictionaryArray.from_arrays(codes, pa.array([value]))
+
+
+def _numbers(values: Sequence[int] | np.ndarray | int, count: int, kind: pa.DataType) -> pa.Array:
+    return pa.array(np.full(count, values) if isinstance(values, int) else values, kind)
+
+
+def to_candidates(table: pa.Table) -> list[Candidate]:
+    """Rows of a listing, or of a part of one, as candidates: about 500 bytes each."""
+    columns = {name: table.column(name).to_pylist() for name in LISTING_SCHEMA.names}
+    for name in ("container", "member"):
+        columns[name] = [file_name(value) for value in columns[name]]
+    return [Candidate(*row) for row in zip(*columns.values(), strict=True)]
+
+
+def file_name_bytes(name: str) -> bytes:
+    """A file name or address as the file system has it."""
+    return name.encode("utf-8", "surrogateescape")
+
+
+def file_name(name: bytes) -> str:
+    """Inverse of `file_name_bytes`."""
+    return name.decode("utf-8", "surrogateescape")
+
+
 def is_image_name(name: str) -> bool:
     """Whether a file name looks like an image; hidden files (`.x`, `._x.jpg`) do not."""
-    path = PurePosixPath(name)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    base = name.rpartition("/")[2]
+    return not base.startswith(".") and splitext(base)[1].lower() in IMAGE_SUFFIXES
 
 
 def printable(name: str) -> str:

@@ -14,7 +14,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from drorae.data.readers.candidates import Candidate, Listing, Record, group_by_container
+from drorae.data.readers.candidates import (
+    Candidate,
+    Listing,
+    Record,
+    group_by_container,
+    joined,
+    listed,
+)
 
 CLASS_NAMES = (
     "airplane",
@@ -47,7 +54,7 @@ def list_cifar(folder: str) -> Listing:
         FileNotFoundError: A sheet or label file is missing.
         ValueError: The number of labels does not divide over the sheets.
     """
-    candidates: list[Candidate] = []
+    tables = []
     for split, (label_file, sheets) in SPLITS.items():
         labels = json.loads((Path(folder) / label_file).read_text())
         rows, rest = divmod(len(labels), len(sheets))
@@ -56,18 +63,19 @@ def list_cifar(folder: str) -> Listing:
                 f"{folder}/{label_file} has {len(labels)} labels: expected a multiple of the "
                 f"{len(sheets)} sheets. Fetch the asset again: drorae assets fetch cifar10."
             )
-        candidates += [
-            Candidate(
-                key=f"{split}/{number:05d}",
-                class_name=CLASS_NAMES[label],
-                split=split,
-                kind="cifar",
-                container=str(Path(folder) / sheets[number // rows]),
-                index=number % rows,
+        for start, sheet in zip(range(0, len(labels), rows), sheets, strict=True):
+            numbers = range(start, start + rows)
+            tables.append(
+                listed(
+                    "cifar",
+                    str(Path(folder) / sheet),
+                    keys=[f"{split}/{number:05d}" for number in numbers],
+                    class_names=[CLASS_NAMES[labels[number]] for number in numbers],
+                    split=split,
+                    index=np.arange(rows),
+                )
             )
-            for number, label in enumerate(labels)
-        ]
-    return Listing(candidates=candidates, rejects=[], class_names=CLASS_NAMES)
+    return Listing(joined(tables), [], CLASS_NAMES)
 
 
 def read_cifar(candidates: Sequence[Candidate]) -> Iterator[Record]:

@@ -5,16 +5,27 @@ that is away is waited for (`drorae.store.patience`).
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import fsspec
 
 from drorae.store import s3
 from drorae.store.errors import clear_errors, is_s3
 from drorae.store.patience import patiently
+
+LISTING_THREADS = 16
+"""Folders or containers listed at the same time; listing waits for the store, not for a CPU."""
+
+ListingProgress = Callable[[int, int], None]
+"""Called with (folders or containers listed, in all)."""
+
+
+def ignore_progress(done: int, total: int) -> None:
+    """A `ListingProgress` that nobody sees."""
 
 
 def is_remote(uri: str) -> bool:
@@ -31,19 +42,41 @@ def store_errors(uri: str) -> AbstractContextManager[None]:
     return clear_errors(uri) if is_s3(uri) else nullcontext()
 
 
-def open_file(uri: str) -> Any:
+def open_file(uri: str, read_ahead_bytes: int = 0) -> Any:
     """Open a local or remote file for random reading.
+
+    Args:
+        uri: Where it lies.
+        read_ahead_bytes: What a remote file fetches beyond each read; 0 for reads here and there.
 
     Raises:
         FileNotFoundError: Nothing lies there.
         RuntimeError: The object store refused or did not answer.
     """
+    if not is_remote(uri):
+        return Path(uri).open("rb")
+    file_system, path = _remote(uri)
+    cache = {"cache_type": "readahead", "block_size": read_ahead_bytes}
+    options: dict[str, Any] = cache if read_ahead_bytes else {"cache_type": "none"}
+    with store_errors(uri):
+        file = patiently(lambda: file_system.open(path, "rb", **options))
+    return _patient(file, uri) if is_s3(uri) else file
+
+
+def read_content(uri: str, start: int = 0, end: int | None = None) -> bytes:
+    """A file, or its bytes `start` up to `end` or to its end; of a remote one in one request.
+
+    Raises:
+        OSError: It cannot be read.
+        RuntimeError: The object store refused or did not answer.
+    """
     if is_remote(uri):
         file_system, path = _remote(uri)
+        limits = {} if end is None else {"start": start, "end": end}
         with store_errors(uri):
-            file = patiently(lambda: file_system.open(path, "rb"))
-        return _patient(file, uri) if is_s3(uri) else file
-    return Path(uri).open("rb")
+            return patiently(lambda: file_system.cat_file(path, **limits))
+    with open(uri, "rb", buffering=0) as file:
+        return file.read() if end is None else os.pread(file.fileno(), end - start, start)
 
 
 def _patient(file: Any, uri: str) -> Any:
@@ -71,26 +104,18 @@ def check_exists(uri: str) -> None:
         )
 
 
-def read_range(file: BinaryIO, offset: int, size_bytes: int, uri: str) -> bytes:
-    """Read exactly `size_bytes` at an offset of the open file of an address.
-
-    Raises:
-        OSError: The file ends before.
-        RuntimeError: The object store refused or did not answer.
-    """
-    with store_errors(uri):
-        file.seek(offset)
-        data = file.read(size_bytes)
-    if len(data) != size_bytes:
-        raise OSError(f"file ends {size_bytes - len(data)} bytes early")
-    return data
-
-
-def walk(uri: str) -> tuple[list[str], list[tuple[str, str]]]:
+def walk(
+    uri: str, on_progress: ListingProgress = ignore_progress
+) -> tuple[list[str], list[tuple[str, str]]]:
     """Relative names of all files under a folder, and (name, reason) of what cannot be entered.
 
     Symbolic links are followed; a link that leads to one of its own parents is reported, not
-    entered.
+    entered. Grows by a name (about 80 bytes) a file; on S3 a request lists 1,000 objects, and the
+    folders directly under `uri` are listed at the same time.
+
+    Args:
+        uri: The folder.
+        on_progress: Called with (folders done, folders in all) of those directly under it.
 
     Raises:
         FileNotFoundError: The folder does not exist.
@@ -98,7 +123,7 @@ def walk(uri: str) -> tuple[list[str], list[tuple[str, str]]]:
         RuntimeError: The object store refused or did not answer.
     """
     if is_remote(uri):
-        return _walk_remote(uri), []
+        return _walk_remote(uri, on_progress), []
     root = Path(uri)
     check_exists(uri)
     if not root.is_dir():
@@ -108,7 +133,7 @@ def walk(uri: str) -> tuple[list[str], list[tuple[str, str]]]:
         )
     names: list[str] = []
     rejects: list[tuple[str, str]] = []
-    for name, reason in _walk_local(root, "", (os.path.realpath(root),)):
+    for name, reason in _walk_local(root, "", (os.path.realpath(root),), on_progress):
         if reason:
             rejects.append((name, reason))
         else:
@@ -116,16 +141,21 @@ def walk(uri: str) -> tuple[list[str], list[tuple[str, str]]]:
     return sorted(names), sorted(rejects)
 
 
-def _walk_local(folder: Path, prefix: str, parents: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+def _walk_local(
+    folder: Path,
+    prefix: str,
+    parents: tuple[str, ...],
+    on_progress: ListingProgress = ignore_progress,
+) -> Iterator[tuple[str, str]]:
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         yield prefix.rstrip("/"), f"folder cannot be read: {error.strerror}"
         return
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        yield from _walk_entry(entry, f"{prefix}{entry.name}", parents)
+    for number, entry in enumerate(entries, 1):
+        if not entry.name.startswith("."):
+            yield from _walk_entry(entry, f"{prefix}{entry.name}", parents)
+        on_progress(number, len(entries))
 
 
 def _walk_entry(
@@ -133,7 +163,7 @@ def _walk_entry(
 ) -> Iterator[tuple[str, str]]:
     if entry.is_symlink() and not os.path.exists(entry.path):
         yield name, "broken symbolic link"
-    elif not Path(entry.path).is_dir():
+    elif not entry.is_dir():  # known from the listing of its folder: no request a file
         yield name, ""
     else:
         target = os.path.realpath(entry.path)
@@ -149,19 +179,36 @@ def _remote(uri: str) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(uri)
 
 
-def _walk_remote(uri: str) -> list[str]:
-    file_system, root = _remote(uri)
-    root = root.rstrip("/")
-    with store_errors(uri):
-        found = patiently(lambda: file_system.find(root))
-    paths = [path for path in found if not path.endswith("/")]
-    if not paths:
+def _walk_remote(uri: str, on_progress: ListingProgress) -> list[str]:
+    if is_s3(uri):
+        names = list(_names_on_s3(uri.rstrip("/"), on_progress))
+    else:
+        file_system, root = _remote(uri)
+        root = root.rstrip("/")
+        names = [path[len(root) :].lstrip("/") for path in file_system.find(root)]
+    names = [name for name in names if name and not name.endswith("/")]
+    if not names:
         raise FileNotFoundError(
             f"source {uri!r} does not exist or is empty: expected objects under that prefix. "
             "Correct shard.source, or AWS_ENDPOINT_URL and the keys."
         )
-    names = [path[len(root) :].lstrip("/") for path in paths]
     return sorted(name for name in names if not _is_hidden(name))
+
+
+def _names_on_s3(root: str, on_progress: ListingProgress) -> Iterator[str]:
+    folders: list[str] = []
+    for page in s3.list_pages(f"{root}/", by_folder=True):
+        yield from (name for name, _ in page.objects)
+        folders += page.folders
+
+    def inside(folder: str) -> list[str]:
+        pages = s3.list_pages(f"{root}/{folder}")
+        return [f"{folder}{name}" for page in pages for name, _ in page.objects]
+
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        for done, names in enumerate(pool.map(inside, folders), 1):
+            yield from names
+            on_progress(done, len(folders))
 
 
 def _is_hidden(name: str) -> bool:

@@ -11,9 +11,10 @@ from drorae.data.readers.candidates import (
     Record,
     first_folder,
     is_image_name,
+    listed,
     printable,
 )
-from drorae.data.readers.filesystem import open_file, store_errors
+from drorae.data.readers.ranges import Span, read_spans
 
 
 def list_folder(uri: str, names: Sequence[str], rejects: list[tuple[str, str]]) -> Listing:
@@ -25,32 +26,32 @@ def list_folder(uri: str, names: Sequence[str], rejects: list[tuple[str, str]]) 
         rejects: What the walk already refused.
     """
     images = [name for name in names if is_image_name(name)]
-    has_classes = any(first_folder(name) for name in images)
-    listed: list[Candidate] = []
     refused = [(printable(key), reason) for key, reason in rejects]
-    for name in images:
-        if has_classes and not first_folder(name):
-            refused.append((printable(name), "lies outside of every class folder"))
-            continue
-        listed.append(
-            Candidate(
-                key=printable(name),
-                class_name=printable(first_folder(name)),
-                split="",
-                kind="file",
-                container=f"{uri.rstrip('/')}/{name}",
-            )
-        )
-    return Listing(candidates=listed, rejects=refused)
+    if any(first_folder(name) for name in images):
+        stray = [name for name in images if not first_folder(name)]
+        refused += [(printable(name), "lies outside of every class folder") for name in stray]
+        images = [name for name in images if first_folder(name)]
+    table = listed(
+        "file",
+        uri.rstrip("/"),
+        keys=[printable(name) for name in images],
+        class_names=[printable(first_folder(name)) for name in images],
+        member=images,
+    )
+    return Listing(table, refused)
+
+
+def file_span(candidate: Candidate) -> Span:
+    """Where the file of a candidate lies."""
+    names = (candidate.container, candidate.member)
+    return Span("/".join(name for name in names if name))
 
 
 def read_files(candidates: Sequence[Candidate]) -> Iterator[Record]:
-    """Read whole files; a file that cannot be read gives a record with an error."""
-    for candidate in candidates:
-        try:
-            with store_errors(candidate.container), open_file(candidate.container) as file:
-                data = file.read()
-        except OSError as error:
-            yield Record(candidate, None, f"cannot be read: {error.strerror or error}")
+    """Read whole files, several at a time; one that cannot be read gives a record with an error."""
+    contents = read_spans([file_span(candidate) for candidate in candidates])
+    for candidate, data in zip(candidates, contents, strict=True):
+        if isinstance(data, OSError):
+            yield Record(candidate, None, f"cannot be read: {data.strerror or data}")
         else:
             yield Record(candidate, data)

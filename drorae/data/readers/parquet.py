@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -16,9 +17,17 @@ from drorae.data.readers.candidates import (
     Listing,
     Record,
     group_by_container,
+    joined,
+    listed,
     printable,
 )
 from drorae.data.readers.filesystem import open_file
+
+BATCH_ROWS = 64
+"""Rows decoded at a time."""
+
+BUFFER_BYTES = 4 << 20
+"""Bytes of a column that one request reads."""
 
 
 def list_parquet(uri: str, name: str, image_column: str, label_column: str) -> Listing:
@@ -35,32 +44,30 @@ def list_parquet(uri: str, name: str, image_column: str, label_column: str) -> L
     """
     with open_file(uri) as file:
         try:
-            table = pq.ParquetFile(file)
+            parquet = pq.ParquetFile(file)
         except pa.ArrowInvalid as error:
-            return Listing([], [(printable(name), f"Parquet file is damaged: {error}")])
-        columns = table.schema_arrow.names
+            return Listing(joined([]), [(printable(name), f"Parquet file is damaged: {error}")])
+        columns = parquet.schema_arrow.names
         if image_column not in columns:
             raise ValueError(
                 f"{uri!r} has no column {image_column!r}: expected encoded images there. "
                 f"Set shard.image_column to one of {columns}."
             )
-        labels: list[Any] = [""] * table.metadata.num_rows
+        labels: list[Any] = [""] * parquet.metadata.num_rows
         if label_column in columns:
-            labels = table.read(columns=[label_column]).column(0).to_pylist()
-        class_names = _stated_class_names(table.schema_arrow, label_column)
-    candidates = [
-        Candidate(
-            key=f"{printable(name)}/{row:08d}",
-            class_name=_class_name(label, class_names),
-            split="",
-            kind="parquet",
-            container=uri,
-            index=row,
-            member=image_column,
-        )
-        for row, label in enumerate(labels)
-    ]
-    return Listing(candidates=candidates, rejects=[], class_names=class_names)
+            labels = parquet.read(columns=[label_column]).column(0).to_pylist()
+        class_names = _stated_class_names(parquet.schema_arrow, label_column)
+        sizes = _group_sizes(parquet)
+    table = listed(
+        "parquet",
+        uri,
+        keys=[f"{printable(name)}/{row:08d}" for row in range(len(labels))],
+        class_names=[_class_name(label, class_names) for label in labels],
+        index=np.arange(len(labels)),
+        member=image_column,
+        unit=np.repeat(np.arange(len(sizes)), sizes),
+    )
+    return Listing(table, [], class_names)
 
 
 def _class_name(label: Any, class_names: tuple[str, ...]) -> str:
@@ -76,27 +83,40 @@ def _stated_class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...]
 
 
 def read_parquet(candidates: Sequence[Candidate]) -> Iterator[Record]:
-    """Read rows; each row group that holds a wanted row is read once per run of candidates."""
+    """Read rows, which ascend within a file; a row group that holds wanted rows is read once.
+
+    Memory: `BATCH_ROWS` rows and the pages of the column that hold them.
+    """
     for container, rows in group_by_container(candidates):
+        num_read = 0
         try:
             with open_file(container) as file:
-                yield from _read_rows(pq.ParquetFile(file), rows)
+                for record in _read_rows(pq.ParquetFile(file, buffer_size=BUFFER_BYTES), rows):
+                    yield record
+                    num_read += 1
         except (OSError, pa.ArrowInvalid) as error:
-            yield from (Record(c, None, f"cannot be read: {error}") for c in rows)
+            yield from (Record(c, None, f"cannot be read: {error}") for c in rows[num_read:])
 
 
 def _read_rows(table: pq.ParquetFile, rows: Sequence[Candidate]) -> Iterator[Record]:
-    sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
-    starts = [0, *itertools.accumulate(sizes)]
-    loaded, column = -1, pa.chunked_array([[]])
-    for candidate in rows:
-        group = next(i for i, s in enumerate(starts[1:]) if candidate.index < s)
-        if group != loaded:
-            column = table.read_row_group(group, columns=[candidate.member]).column(0)
-            loaded = group
-        value = column[candidate.index - starts[group]].as_py()
-        data = value.get("bytes") if isinstance(value, dict) else value
-        if isinstance(data, bytes):
-            yield Record(candidate, data)
-        else:
-            yield Record(candidate, None, f"row holds no image bytes but {type(data).__name__}")
+    starts = np.cumsum([0, *_group_sizes(table)])
+    for group, members in itertools.groupby(rows, key=lambda c: c.unit):
+        wanted = {c.index - int(starts[group]): c for c in members}
+        first = 0
+        columns = [rows[0].member]
+        for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
+            for row in range(first, first + len(batch)):
+                if row in wanted:
+                    yield _record(wanted[row], batch.column(0)[row - first].as_py())
+            first += len(batch)
+
+
+def _record(candidate: Candidate, value: Any) -> Record:
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if isinstance(data, bytes):
+        return Record(candidate, data)
+    return Record(candidate, None, f"row holds no image bytes but {type(data).__name__}")
+
+
+def _group_sizes(table: pq.ParquetFile) -> list[int]:
+    return [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from drorae.data.assets.catalog import asset_path
 from drorae.data.readers.candidates import (
     UNLABELLED,
@@ -10,10 +13,17 @@ from drorae.data.readers.candidates import (
     Listing,
     Record,
     is_image_name,
+    joined,
     sort_class_names,
 )
 from drorae.data.readers.cifar import list_cifar, read_cifar
-from drorae.data.readers.filesystem import check_exists, walk
+from drorae.data.readers.filesystem import (
+    LISTING_THREADS,
+    ListingProgress,
+    check_exists,
+    ignore_progress,
+    walk,
+)
 from drorae.data.readers.folder import list_folder, read_files
 from drorae.data.readers.parquet import list_parquet, read_parquet
 from drorae.data.readers.tar import list_tar, read_tar
@@ -21,9 +31,6 @@ from drorae.data.readers.zipped import list_zip, read_zip
 
 ASSET_SCHEME = "asset:"
 """Prefix of a source that `drorae assets fetch` made."""
-
-LISTING_THREADS = 8
-"""Containers listed at the same time; listing waits for the store, not for a CPU."""
 
 READERS: dict[str, Callable[[Sequence[Candidate]], Iterator[Record]]] = {
     "file": read_files,
@@ -34,21 +41,31 @@ READERS: dict[str, Callable[[Sequence[Candidate]], Iterator[Record]]] = {
 }
 
 
-def list_source(uri: str, *, image_column: str = "image", label_column: str = "label") -> Listing:
+def list_source(
+    uri: str,
+    *,
+    image_column: str = "image",
+    label_column: str = "label",
+    on_progress: ListingProgress = ignore_progress,
+) -> Listing:
     """List all candidates of a source, sorted by key, every one with a class name.
+
+    No image is read. Memory and time grow with the images (`Listing`), requests with the containers
+    or, in an image folder on S3, by one for 1,000 images.
 
     Args:
         uri: Folder, .tar, .zip or .parquet file, a folder of those, an s3:// place, or
             `asset:cifar10`.
         image_column: Image column of Parquet files.
         label_column: Label column of Parquet files.
+        on_progress: Called with (folders or containers listed, in all).
 
     Raises:
         FileNotFoundError: The source does not exist.
         ValueError: Nothing in it looks like an image.
     """
-    listing = _list_any(uri, image_column, label_column)
-    if not listing.candidates:
+    listing = _list_any(uri, image_column, label_column, on_progress)
+    if not len(listing):
         reasons = "; ".join(f"{key}: {reason}" for key, reason in listing.rejects[:5])
         raise ValueError(
             f"source {uri!r} holds no image{f' ({reasons})' if reasons else ''}: expected image "
@@ -79,18 +96,26 @@ def read_records(candidates: Sequence[Candidate]) -> Iterator[Record]:
             start = stop
 
 
-def _list_any(uri: str, image_column: str, label_column: str) -> Listing:
+def _list_any(
+    uri: str, image_column: str, label_column: str, on_progress: ListingProgress
+) -> Listing:
+    def list_containers(root: str, uris: Sequence[str]) -> Listing:
+        def list_one(container: str) -> Listing:
+            name = container[len(root) :].lstrip("/")
+            return _list_container(container, name, image_column, label_column)
+
+        return _list_each(uris, list_one, on_progress)
+
     if uri.startswith(ASSET_SCHEME):
         return list_cifar(str(asset_path(uri.removeprefix(ASSET_SCHEME))))
-    suffix = _container_suffix(uri)
-    if suffix:
+    if _container_suffix(uri):
         check_exists(uri)
-        return _list_containers(uri.rpartition("/")[0], [uri], image_column, label_column)
-    names, rejects = walk(uri)
+        return list_containers(uri.rpartition("/")[0], [uri])
+    names, rejects = walk(uri, on_progress)
     containers = [name for name in names if _container_suffix(name)]
     if containers and not any(is_image_name(name) for name in names):
-        uris = [f"{uri.rstrip('/')}/{name}" for name in containers]
-        return _list_containers(uri.rstrip("/"), uris, image_column, label_column)
+        root = uri.rstrip("/")
+        return list_containers(root, [f"{root}/{name}" for name in containers])
     return list_folder(uri, names, rejects)
 
 
@@ -99,41 +124,44 @@ def _container_suffix(name: str) -> str:
     return next((suffix for suffix in suffixes if name.lower().endswith(suffix)), "")
 
 
-def _list_containers(
-    root: str, uris: Sequence[str], image_column: str, label_column: str
-) -> Listing:
-    def list_one(uri: str) -> Listing:
-        name = uri[len(root) :].lstrip("/")
-        suffix = _container_suffix(uri)
-        if suffix == ".zip":
-            return list_zip(uri, name)
-        if suffix == ".parquet":
-            return list_parquet(uri, name, image_column, label_column)
-        return list_tar(uri, name)
+def _list_container(uri: str, name: str, image_column: str, label_column: str) -> Listing:
+    suffix = _container_suffix(uri)
+    if suffix == ".zip":
+        return list_zip(uri, name)
+    if suffix == ".parquet":
+        return list_parquet(uri, name, image_column, label_column)
+    return list_tar(uri, name)
 
+
+def _list_each(
+    uris: Sequence[str], list_one: Callable[[str], Listing], on_progress: ListingProgress
+) -> Listing:
+    parts: list[Listing] = []
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        parts = list(pool.map(list_one, uris))
+        for part in pool.map(list_one, uris):
+            parts.append(part)
+            on_progress(len(parts), len(uris))
     return Listing(
-        candidates=[candidate for part in parts for candidate in part.candidates],
+        table=joined([part.table for part in parts]),
         rejects=[reject for part in parts for reject in part.rejects],
         class_names=next((part.class_names for part in parts if part.class_names), ()),
     )
 
 
 def _complete(listing: Listing) -> Listing:
-    named = {c.class_name for c in listing.candidates if c.class_name}
+    """Sorted by key, and with a class for every candidate."""
+    table = listing.table.take(pc.sort_indices(listing.table["key"]))
+    has_class = pc.not_equal(table["class_name"].cast(pa.string()), "")
     rejects = list(listing.rejects)
-    candidates = []
-    for c in sorted(listing.candidates, key=lambda c: c.key):
-        if c.class_name or not named:
-            candidates.append(c if c.class_name else _renamed(c, UNLABELLED))
-        else:
-            rejects.append((c.key, "has no label although others have"))
-    names = listing.class_names or tuple(sort_class_names({c.class_name for c in candidates}))
-    return Listing(candidates=candidates, rejects=rejects, class_names=names)
-
-
-def _renamed(candidate: Candidate, class_name: str) -> Candidate:
-    row = candidate.to_row()
-    row[1] = class_name
-    return Candidate(*row)
+    if pc.any(has_class).as_py():
+        left_out = table.filter(pc.invert(has_class))["key"].to_pylist()
+        rejects += [(key, "has no label although others have") for key in left_out]
+        table = table.filter(has_class)
+    else:
+        everything = pa.array([UNLABELLED] * table.num_rows).dictionary_encode()
+        position = table.schema.get_field_index("class_name")
+        table = table.set_column(position, table.schema.field(position), everything)
+    names = listing.class_names or tuple(
+        sort_class_names(set(table["class_name"].unique().to_pylist()))
+    )
+    return Listing(table.combine_chunks(), rejects, names)

@@ -7,21 +7,25 @@ object store. Compressed tar files allow no random access and are refused.
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 from drorae.data.readers.candidates import (
     Candidate,
     Listing,
     Record,
     first_folder,
-    group_by_container,
     is_image_name,
+    listed,
     printable,
 )
-from drorae.data.readers.filesystem import open_file, read_range
+from drorae.data.readers.filesystem import open_file
+from drorae.data.readers.ranges import Span, read_spans
 
 LABEL_KEYS = ("label", "cls", "class", "class_name")
 """Names under which the JSON beside a webdataset image may give its class."""
+
+READ_AHEAD_BYTES = 8 << 20
+"""Headers lie between the images: listing reads an archive from start to end."""
 
 
 def list_tar(uri: str, name: str) -> Listing:
@@ -31,42 +35,41 @@ def list_tar(uri: str, name: str) -> Listing:
         uri: The tar file.
         name: Its name inside the source; keys start with it.
     """
-    images: list[tarfile.TarInfo] = []
+    images: list[tuple[str, int, int]] = []
     labels: dict[str, str] = {}
     rejects: list[tuple[str, str]] = []
-    with open_file(uri) as file:
+    with open_file(uri, READ_AHEAD_BYTES) as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for info in archive:
                     _sort_member(archive, info, images, labels)
+                    archive.members = []  # else every header is kept, 2 kB each
         except (tarfile.TarError, OSError, EOFError) as error:
             rejects.append((printable(name), f"tar archive is damaged or compressed: {error}"))
-    candidates = [
-        Candidate(
-            key=printable(f"{name}/{info.name}"),
-            class_name=labels.get(_stem(info.name), printable(first_folder(info.name))),
-            split="",
-            kind="tar",
-            container=uri,
-            index=info.offset_data,
-            size_bytes=info.size,
-        )
-        for info in images
-    ]
-    return Listing(candidates=candidates, rejects=rejects)
+    table = listed(
+        "tar",
+        uri,
+        keys=[printable(f"{name}/{member}") for member, _, _ in images],
+        class_names=[
+            labels.get(_stem(member), printable(first_folder(member))) for member, _, _ in images
+        ],
+        index=[start for _, start, _ in images],
+        size_bytes=[size for _, _, size in images],
+    )
+    return Listing(table, rejects)
 
 
 def _sort_member(
     archive: tarfile.TarFile,
     info: tarfile.TarInfo,
-    images: list[tarfile.TarInfo],
+    images: list[tuple[str, int, int]],
     labels: dict[str, str],
 ) -> None:
     info.name = info.name.removeprefix("./")
     if not info.isfile():
         return
     if is_image_name(info.name):
-        images.append(info)
+        images.append((info.name, info.offset_data, info.size))
     elif info.name.endswith((".cls", ".json")):
         member = archive.extractfile(info)
         label = _label(info.name, member.read() if member else b"")
@@ -92,21 +95,18 @@ def _label(name: str, data: bytes) -> str:
     return next((str(fields[key]) for key in LABEL_KEYS if key in fields), "")
 
 
+def tar_span(candidate: Candidate) -> Span:
+    """Where the content of a member lies in its archive."""
+    return Span(candidate.container, candidate.index, candidate.size_bytes)
+
+
 def read_tar(candidates: Sequence[Candidate]) -> Iterator[Record]:
-    """Read members by offset; one open file per archive."""
-    for container, members in group_by_container(candidates):
-        try:
-            with open_file(container) as file:
-                yield from _read_members(file, members)
-        except OSError as error:
-            yield from (Record(c, None, f"cannot be read: {error}") for c in members)
-
-
-def _read_members(file: BinaryIO, members: Sequence[Candidate]) -> Iterator[Record]:
-    for candidate in members:
-        try:
-            data = read_range(file, candidate.index, candidate.size_bytes, candidate.container)
-        except OSError as error:
-            yield Record(candidate, None, f"truncated archive: {error}")
-        else:
+    """Read members by offset; neighbours are read together."""
+    contents = read_spans([tar_span(candidate) for candidate in candidates])
+    for candidate, data in zip(candidates, contents, strict=True):
+        if not isinstance(data, OSError):
             yield Record(candidate, data)
+        elif data.errno is None:
+            yield Record(candidate, None, f"truncated archive: {data}")
+        else:
+            yield Record(candidate, None, f"cannot be read: {data.strerror}")

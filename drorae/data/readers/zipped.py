@@ -1,24 +1,51 @@
-"""Zip archives of images; the first folder inside the archive is the class."""
+"""Zip archives of images; the first folder inside the archive is the class.
 
+The directory of an archive is read once, while listing; a member is then a range of the file, also
+on an object store.
+"""
+
+import bz2
+import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from drorae.data.readers.candidates import (
     Candidate,
     Listing,
     Record,
-    group_by_container,
     is_image_name,
+    joined,
+    listed,
     printable,
 )
 from drorae.data.readers.filesystem import open_file
+from drorae.data.readers.ranges import Span, read_spans
 
-READ_ERRORS = (OSError, NotImplementedError, KeyError, zipfile.BadZipFile, zlib.error)
-"""What zipfile raises for a damaged or unsupported member. A RuntimeError is that of an object
-store, and no fault of the image."""
+READ_AHEAD_BYTES = 1 << 20
 
-ENCRYPTED_FLAG = 0x1
+HEADER = struct.Struct("<4s5H3L2H")
+"""Signature, version, flags, method, time, date, CRC, two sizes, lengths of name and extra field
+(the format's section 4.3.7)."""
+
+DESCRIPTOR = struct.Struct("<4sL")
+"""Signature and CRC behind a member whose header was written before its content (4.3.9)."""
+
+NAME_BYTES = 4096
+"""Room for the name and the extra field of a member, whose lengths only its header tells."""
+
+ENCRYPTED_FLAG, DESCRIPTOR_FLAG = 0x1, 0x8
+
+METHODS: dict[int, Callable[[bytes], bytes]] = {
+    zipfile.ZIP_STORED: lambda data: data,
+    zipfile.ZIP_DEFLATED: lambda data: zlib.decompress(data, -zlib.MAX_WBITS),
+    zipfile.ZIP_BZIP2: bz2.decompress,
+}
+"""Compression methods that are read."""
+
+
+class BadMember(Exception):
+    """A member that cannot be read; the text is the reason."""
 
 
 def list_zip(uri: str, name: str) -> Listing:
@@ -28,26 +55,24 @@ def list_zip(uri: str, name: str) -> Listing:
         uri: The zip file.
         name: Its name inside the source; keys start with it.
     """
-    with open_file(uri) as file:
+    with open_file(uri, READ_AHEAD_BYTES) as file:
         try:
             with zipfile.ZipFile(file) as archive:
-                members = [i.filename for i in archive.infolist() if not i.is_dir()]
+                members = {i.filename: i for i in archive.infolist() if not i.is_dir()}
         except zipfile.BadZipFile as error:
-            return Listing([], [(printable(name), f"zip archive is damaged: {error}")])
-    images = sorted({m for m in members if is_image_name(m) and not m.startswith("__MACOSX/")})
+            return Listing(joined([]), [(printable(name), f"zip archive is damaged: {error}")])
+    images = sorted(m for m in members if is_image_name(m) and not m.startswith("__MACOSX/"))
     depth = _class_depth(images)
-    candidates = [
-        Candidate(
-            key=printable(f"{name}/{member}"),
-            class_name=printable(_folder_at(member, depth)),
-            split="",
-            kind="zip",
-            container=uri,
-            member=member,
-        )
-        for member in images
-    ]
-    return Listing(candidates=candidates, rejects=[])
+    table = listed(
+        "zip",
+        uri,
+        keys=[printable(f"{name}/{member}") for member in images],
+        class_names=[printable(_folder_at(member, depth)) for member in images],
+        index=[members[member].header_offset for member in images],
+        size_bytes=[members[member].compress_size for member in images],
+        member=images,
+    )
+    return Listing(table, [])
 
 
 def _folder_at(member: str, depth: int) -> str:
@@ -62,22 +87,42 @@ def _class_depth(images: Sequence[str]) -> int:
 
 
 def read_zip(candidates: Sequence[Candidate]) -> Iterator[Record]:
-    """Read members by name; one open archive per file."""
-    for container, members in group_by_container(candidates):
+    """Read members by offset; neighbours are read together."""
+    contents = read_spans(
+        [
+            Span(c.container, c.index, HEADER.size + NAME_BYTES + c.size_bytes, may_end_early=True)
+            for c in candidates
+        ]
+    )
+    for candidate, data in zip(candidates, contents, strict=True):
         try:
-            file = open_file(container)
-        except OSError as error:
-            yield from (Record(c, None, f"cannot be read: {error}") for c in members)
-            continue
-        with file, zipfile.ZipFile(file) as archive:
-            for candidate in members:
-                yield _read_member(archive, candidate)
+            yield Record(candidate, _content(data, candidate.size_bytes))
+        except BadMember as reason:
+            yield Record(candidate, None, f"zip member cannot be read: {reason}")
 
 
-def _read_member(archive: zipfile.ZipFile, candidate: Candidate) -> Record:
+def _content(data: bytes | OSError, size_bytes: int) -> bytes:
+    """Content of the member whose header is at the start of `data`, checked by its CRC."""
+    if isinstance(data, OSError):
+        raise BadMember(data.strerror or str(data))
+    if len(data) < HEADER.size or not data.startswith(zipfile.stringFileHeader):
+        raise BadMember("its header is damaged")
+    _, _, flags, method, _, _, crc, _, _, name_bytes, extra_bytes = HEADER.unpack_from(data)
+    start = HEADER.size + name_bytes + extra_bytes
+    packed = data[start : start + size_bytes]
+    if flags & ENCRYPTED_FLAG:
+        raise BadMember("it is encrypted")
+    if method not in METHODS:
+        raise BadMember(f"compression method {method} is none of {sorted(METHODS)}")
+    if len(packed) < size_bytes:
+        raise BadMember("the archive ends early")
+    if flags & DESCRIPTOR_FLAG and start + size_bytes + DESCRIPTOR.size <= len(data):
+        sign, crc = DESCRIPTOR.unpack_from(data, start + size_bytes)
+        crc = crc if sign == b"PK\x07\x08" else int.from_bytes(sign, "little")
     try:
-        if archive.getinfo(candidate.member).flag_bits & ENCRYPTED_FLAG:
-            return Record(candidate, None, "zip member cannot be read: it is encrypted")
-        return Record(candidate, archive.read(candidate.member))
-    except READ_ERRORS as error:
-        return Record(candidate, None, f"zip member cannot be read: {error}")
+        content = METHODS[method](packed)
+    except (zlib.error, OSError, ValueError) as error:
+        raise BadMember(f"{type(error).__name__}: {error}") from error
+    if zlib.crc32(content) != crc:
+        raise BadMember("its CRC does not match")
+    return content

@@ -11,7 +11,7 @@ import pytest
 from data_fakes import encoded, make_folder, pixels
 
 from drorae.data.assets.substitutes import write_sheets
-from drorae.data.readers.candidates import Candidate
+from drorae.data.readers.candidates import Candidate, Listing, to_candidates
 from drorae.data.readers.cifar import list_cifar
 from drorae.data.readers.source import list_source, read_records
 from drorae.store import s3
@@ -30,13 +30,17 @@ def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
     return path
 
 
+def keys_of(listing: Listing) -> list[str]:
+    return listing.table["key"].to_pylist()
+
+
 def keys(uri: Path | str) -> list[str]:
-    return [c.key for c in list_source(str(uri)).candidates]
+    return keys_of(list_source(str(uri)))
 
 
 def contents(uri: Path | str) -> dict[str, object]:
     listing = list_source(str(uri))
-    return {r.candidate.key: r.data for r in read_records(listing.candidates)}
+    return {r.candidate.key: r.data for r in read_records(to_candidates(listing.table))}
 
 
 def test_folder_gives_sorted_keys_and_classes(tmp_path: Path):
@@ -45,7 +49,7 @@ def test_folder_gives_sorted_keys_and_classes(tmp_path: Path):
     (tmp_path / "photos" / "cat" / "._000.png").write_bytes(b"hidden")
     listing = list_source(str(tmp_path / "photos"))
     expected = ["cat/000.png", "cat/001.png", "dog/000.png", "dog/001.png"]
-    assert [c.key for c in listing.candidates] == expected
+    assert keys_of(listing) == expected
     assert listing.class_names == ("cat", "dog")
     assert contents(tmp_path / "photos")["cat/000.png"] == encoded(pixels(0))
 
@@ -70,7 +74,7 @@ def test_symbolic_link_loops_and_broken_links_are_reported(tmp_path: Path):
     listing = list_source(str(root))
     assert ("cat/again", "symbolic link loop") in listing.rejects
     assert ("cat/gone.png", "broken symbolic link") in listing.rejects
-    assert [c.key for c in listing.candidates] == ["bird/000.png", "cat/000.png", "dog/000.png"]
+    assert keys_of(listing) == ["bird/000.png", "cat/000.png", "dog/000.png"]
 
 
 def test_file_name_that_is_no_unicode_is_readable(tmp_path: Path):
@@ -105,7 +109,10 @@ def test_a_store_that_fails_ends_the_stage_instead_of_rejecting_images(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ):
     class Refusing:
-        def open(self, path: str, mode: str) -> None:
+        def open(self, path: str, mode: str, **options: object) -> None:
+            raise PermissionError("Forbidden")
+
+        def cat_file(self, path: str, **limits: object) -> None:
             raise PermissionError("Forbidden")
 
     monkeypatch.setattr(s3, "filesystem", Refusing)
@@ -133,7 +140,7 @@ def test_webdataset_labels_come_from_cls_and_json(tmp_path: Path):
         "d.json": b"[1]",
     }
     listing = list_source(str(write_tar(tmp_path / "set.tar", members)))
-    labels = {c.key: c.class_name for c in listing.candidates}
+    labels = {c.key: c.class_name for c in to_candidates(listing.table)}
     assert labels == {"set.tar/a.jpg": "10", "set.tar/b.jpg": "2"}
     assert listing.class_names == ("2", "10")
     assert [key for key, _ in listing.rejects] == ["set.tar/c.jpg", "set.tar/d.jpg"]
@@ -152,8 +159,8 @@ def test_damaged_tar_keeps_the_members_before_the_damage(tmp_path: Path):
     whole = write_tar(tmp_path / "whole.tar", members).read_bytes()
     (tmp_path / "whole.tar").write_bytes(whole[: len(whole) // 2])
     listing = list_source(str(tmp_path / "whole.tar"))
-    assert listing.candidates
-    records = list(read_records(listing.candidates))
+    assert to_candidates(listing.table)
+    records = list(read_records(to_candidates(listing.table)))
     assert any(r.error for r in records) or listing.rejects
 
 
@@ -185,7 +192,7 @@ def test_damaged_zip_member_is_an_error_of_that_member(tmp_path: Path):
     data = bytearray((tmp_path / "set.zip").read_bytes())
     data[60] ^= 0xFF
     (tmp_path / "set.zip").write_bytes(bytes(data))
-    records = list(read_records(list_source(str(tmp_path / "set.zip")).candidates))
+    records = list(read_records(to_candidates(list_source(str(tmp_path / "set.zip")).table)))
     assert [bool(r.error) for r in records] == [True, False]
 
 
@@ -223,7 +230,7 @@ def test_parquet_rows_without_bytes_and_broken_files_are_errors(tmp_path: Path):
     (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
     listing = list_source(str(tmp_path))
     assert [key for key, _ in listing.rejects] == ["b.parquet"]
-    assert "no image bytes but str" in next(iter(read_records(listing.candidates))).error
+    assert "no image bytes but str" in next(iter(read_records(to_candidates(listing.table)))).error
     gone = Candidate("k", "c", "", "parquet", str(tmp_path / "gone.parquet"), member="image")
     assert next(iter(read_records([gone]))).error
 
@@ -233,9 +240,9 @@ def test_cifar_sheets_keep_splits_labels_and_pixels(tmp_path: Path):
     write_sheets(tmp_path, "train", train, [3] * 10)
     write_sheets(tmp_path, "val", train[:2], [9, 0])
     listing = list_cifar(str(tmp_path))
-    assert [c.split for c in listing.candidates] == ["train"] * 10 + ["val"] * 2
-    assert listing.candidates[-2].class_name == "truck"
-    read = [r.data for r in read_records(listing.candidates)]
+    assert [c.split for c in to_candidates(listing.table)] == ["train"] * 10 + ["val"] * 2
+    assert to_candidates(listing.table)[-2].class_name == "truck"
+    read = [r.data for r in read_records(to_candidates(listing.table))]
     np.testing.assert_array_equal(np.stack(read[:10]), train)
 
 

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 import pytest
 from data_fakes import committed, context, encoded, job, make_folder, pixels, shard_output
 from PIL import Image
@@ -10,16 +10,17 @@ from PIL import Image
 from drorae.data import sharding
 from drorae.data.assets.catalog import INDEX_NAME
 from drorae.data.assets.substitutes import write_sheets
-from drorae.data.decoding import decode_png
-from drorae.data.shard_files import SCHEMA
+from drorae.data.decoding import ImageLimits, decode_image, decode_png, to_square
+from drorae.data.shard_format import PICTURE_SCHEMA, parse_index
 from drorae.data.shard_map import run_in_process
 from drorae.data.sharding import ShardJob, run_shard
 from drorae.store import files
 
 
 def rows(output, split: str) -> list[dict]:
-    names = output.names(f"{split}/", ".parquet")
-    return [row for n in names for row in pq.read_table(output.local(n)).to_pylist()]
+    names = output.names(f"{split}/part-", ".arrow")
+    tables = [pa.ipc.open_file(pa.memory_map(str(output.local(n)))).read_all() for n in names]
+    return [row for table in tables for row in table.to_pylist()]
 
 
 def rejects(output) -> dict[str, str]:
@@ -56,8 +57,8 @@ def test_rows_keep_label_size_and_pixels_of_their_source(tmp_path: Path):
         assert row["label"] == ["cat", "dog"].index(name)
         assert (row["source_width"], row["source_height"]) == (20, 18)
         np.testing.assert_array_equal(decode_png(row["image"]), pixels(seed)[:, 1:19])
-    path = output.local("train/part-00000.parquet")
-    assert pq.read_schema(path).remove_metadata() == SCHEMA
+    shard = pa.ipc.open_file(pa.memory_map(str(output.local("train/part-00000.arrow"))))
+    assert shard.schema.remove_metadata() == PICTURE_SCHEMA
 
 
 def test_two_runs_write_the_same_bytes_whatever_the_chunks(tmp_path: Path, monkeypatch):
@@ -66,6 +67,77 @@ def test_two_runs_write_the_same_bytes_whatever_the_chunks(tmp_path: Path, monke
     monkeypatch.setattr(sharding, "MIN_CHUNK_ROWS", 3)
     monkeypatch.setattr(sharding, "CHUNKS_PER_ROUND", 7)
     assert digests(shard_output(tmp_path / "b", job(source))) == digests(first)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
+def test_both_kinds_of_pictures_give_the_squares_of_the_evaluation_protocol(
+    tmp_path: Path, image_format: str
+):
+    root = tmp_path / "photos"
+    shapes = {"a/1": (61, 40), "a/2": (33, 70), "b/1": (16, 16), "b/2": (20, 18), "b/3": (17, 31)}
+    for number, (name, (width, height)) in enumerate(shapes.items()):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        data = encoded(Image.fromarray(pixels(number, width, height)), image_format)
+        (root / f"{name}.img.png").write_bytes(data)
+    squares = shard_output(tmp_path / "square", job(root))
+    sources = shard_output(tmp_path / "source", job(root, pictures="source"))
+    limits = ImageLimits(**sources.read_json("counts.json")["limits"])
+    for split in ("train", "val"):
+        for square, source in zip(rows(squares, split), rows(sources, split), strict=True):
+            assert source["image"] == (root / source["key"]).read_bytes()
+            assert {**square, "image": b""} == {**source, "image": b""}
+            made = to_square(decode_image(source["image"], limits), 16, "center")
+            np.testing.assert_array_equal(decode_png(square["image"]), np.asarray(made))
+
+
+def test_counts_say_what_loading_needs(tmp_path: Path):
+    source = make_folder(tmp_path / "photos", per_class=4)
+    output = shard_output(tmp_path, job(source, pictures="source", view_px=24, crop="resize"))
+    counts = output.read_json("counts.json")
+    assert (counts["pictures"], counts["crop"], counts["view_px"]) == ("source", "resize", 24)
+    assert counts["limits"] == {
+        "min_side_px": 8,
+        "max_aspect_ratio": 20.0,
+        "max_pixels": 100_000_000,
+    }
+
+
+def test_the_index_finds_every_picture_and_label(tmp_path: Path):
+    source = make_folder(tmp_path / "photos", per_class=8)
+    output = shard_output(tmp_path, job(source, pictures="source"))
+    for split in ("train", "val"):
+        index = parse_index(output.local(f"{split}/index.arrow").read_bytes())
+        names = output.names(f"{split}/part-", ".arrow")
+        assert list(index.shard_rows) == output.read_json("counts.json")[split]["shards"]
+        for number, row in enumerate(rows(output, split)):
+            shard = names[int(index.shards_of(np.array([number]))[0])]
+            start, size = int(index.starts[number]), int(index.sizes[number])
+            data = files.read_range(str(output.local(shard)), start, start + size)
+            assert (data, index.labels[number]) == (row["image"], row["label"])
+
+
+def test_shards_end_at_a_number_of_bytes(tmp_path: Path, monkeypatch):
+    source = make_folder(tmp_path / "photos", per_class=5)
+    size = len((source / "cat" / "000.png").read_bytes())
+    monkeypatch.setattr(sharding, "MAX_SHARD_BYTES", 2 * size + size // 2)
+    shard = job(source, pictures="source", val_fraction=0, rows_per_shard=100)
+    output = shard_output(tmp_path, shard)
+    assert output.read_json("counts.json")["train"]["shards"] == [2] * 5
+    assert len(rows(output, "train")) == 10
+
+
+def test_a_source_that_changes_meanwhile_ends_the_stage(tmp_path: Path):
+    source = make_folder(tmp_path / "photos", per_class=3)
+    other = encoded(pixels(999))
+
+    def changing(*call):
+        for name, result in run_in_process(*call):
+            (source / "cat" / "000.png").write_bytes(other)
+            yield name, result
+
+    shard = job(source, pictures="source", val_fraction=0)
+    with pytest.raises(RuntimeError, match=r"cat/000\.png.* has changed since it was checked"):
+        run_shard(context(tmp_path), shard=shard, executor=changing)
 
 
 def test_an_interrupted_run_continues_with_the_same_result(tmp_path: Path):
@@ -104,9 +176,9 @@ def test_caps_are_exact_and_balanced(tmp_path: Path):
     labels = [r["label"] for r in rows(output, "train")]
     assert sorted(labels) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert len(rows(output, "val")) == 3
-    chunks = files.list_files(f"{output.uri}/_work/decoded")
-    tables = [pq.read_table(f"{output.uri}/_work/decoded/{name}") for name in chunks]
-    assert sum(t.num_rows for t in tables) == 12  # what the cap leaves out was not decoded
+    packs = files.list_sizes(f"{output.uri}/_work/packs")
+    stored = sum(len(r["image"]) for split in ("train", "val") for r in rows(output, split))
+    assert sum(packs.values()) == stored  # what the cap leaves out was not decoded
 
 
 def make_bad(root: Path) -> dict[str, str]:
@@ -225,6 +297,8 @@ def test_cifar_asset_keeps_its_own_splits(tmp_path: Path):
         {"val_fraction": 1.0},
         {"max_aspect_ratio": 0.5},
         {"source": ""},
+        {"view_px": 384},
+        {"view_px": 100, "pictures": "source"},
     ],
 )
 def test_impossible_jobs_are_refused(changes: dict):

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from drorae.data import sample_order
+from drorae.data.order import epoch_ids, position
 
 LAYERS, TOKENS, DIM, SIDE, SAMPLES = 3, 4, 16, 8, 24
 
@@ -58,5 +58,5 @@ def digest_of(ids: np.ndarray) -> int:
 
 
 def ids_of(step: int, batch: int, seed: int) -> np.ndarray:
-    epoch, inner = sample_order.position(step, SAMPLES, batch)
-    return sample_order.batch_ids(seed, epoch, inner, SAMPLES, batch)
+    epoch, inner = position(step, SAMPLES, batch)
+    return epoch_ids(seed, epoch, (SAMPLES,), batch, 1, 0)[inner]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from drorae.checkpoint import TrainingCheckpoints
 from drorae.config import Compute
-from drorae.data.sample_order import rank_slice
+from drorae.data.order import rank_slice
 from drorae.models.decoder import Decoder, DecoderConfig
 from drorae.models.discriminator import DiscriminatorConfig, build_discriminator
 from drorae.models.dit import DiT, DiTConfig

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from drorae.config import Compute
 from drorae.data.hidden_states import hidden_in_step
 from drorae.data.jobs import ShardJob
+from drorae.data.order import epoch_ids
 from drorae.data.random_crops import RandomCrops
-from drorae.data.sample_order import batch_ids
 from drorae.data.shard_map import run_in_process
 from drorae.data.sharding import run_shard
 from drorae.models.decoder_config import DecoderConfig
@@ -139,7 +139,7 @@ def test_a_decoder_trains_on_random_crops_that_are_encoded_in_the_step(
     model = build_encoder(encoder)
     network = stages.Decoder(SHAPE)
     crops = RandomCrops(shard, seed=0)
-    images = crops.read(batch_ids(0, 0, 0, NUM_IMAGES, 4), 0)[0] / 255.0
+    images = crops.read(epoch_ids(0, 0, crops.shard_rows, 4, 1, 0)[0], 0)[0] / 255.0
     tokens = model.base(model(images)[:, -1].half().float())
     recon = network(noised(tokens, TRAIN, 0, torch.arange(4)))
     expected = (recon - images).abs().mean().item()
