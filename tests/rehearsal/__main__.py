@@ -10,11 +10,11 @@ import sys
 import time
 from collections.abc import Sequence
 
-from tests.rehearsal import latents
+from tests.rehearsal import latents, rerun, shards
 from tests.rehearsal.bench import QUICK, Bench, Sizes
 from tests.rehearsal.line import Line, render
 
-CHECKS = {**latents.CHECKS}
+CHECKS = {**latents.CHECKS, **shards.CHECKS, **rerun.CHECKS}
 QUIET = {"OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1"}
 
 
@@ -30,7 +30,9 @@ def rehearse(names: Sequence[str], sizes: Sizes, seed: int) -> tuple[list[Line],
         for name in names:
             started_s = time.monotonic()
             try:
-                lines += CHECKS[name](bench)
+                for line in CHECKS[name](bench):
+                    _tell(" | ".join(line.cells()))
+                    lines.append(line)
             except Exception as error:
                 errors.append(f"{name}: {type(error).__name__}: {error}")
             _tell(f"{name}: {time.monotonic() - started_s:.0f} s")

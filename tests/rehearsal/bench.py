@@ -20,6 +20,7 @@ from tests.rehearsal.outputs import write_latents
 
 CAP_BYTES_S = 100e6
 """Network of a node: 100 MB/s, at which the code of 2026-11-24 needed 90 s to its first batch."""
+LATENT_GRID = (16, 16)
 PROCESS_TIMEOUT_S = 900.0
 
 
@@ -27,10 +28,12 @@ PROCESS_TIMEOUT_S = 900.0
 class Sizes:
     """How much of everything."""
 
-    latent_shards: int = 40
+    latent_shards: int = 80
     """Shards of latents on S3."""
-    latent_rows: int = 128
-    """Rows of each: 50 MB."""
+    latent_rows: int = 64
+    """Rows of each: 25 MB."""
+    latent_channels: int = 768
+    """Channels of 16 x 16 latents."""
     shard_photos: int = 4096
     """Photographs of the stage `shard` that keeps sources: one shard of the default size."""
     square_photos: int = 512
@@ -42,10 +45,9 @@ class Sizes:
 
 
 QUICK = Sizes(
-    latent_shards=40,
-    latent_rows=16,
+    latent_channels=96,
     shard_photos=256,
-    square_photos=64,
+    square_photos=192,
     listed_files=20_000,
     output_files=200,
 )
@@ -89,12 +91,22 @@ class Bench:
     def latents(self) -> StageOutput:
         """Latents on S3."""
         uri = f"{self.bucket}/stages/latents/rehearsal"
-        return write_latents(uri, self.sizes.latent_shards, self.sizes.latent_rows, self.seed)
+        return self.write_latents(uri, self.sizes.latent_shards)
 
     @property
     def num_latents(self) -> int:
         """Rows of all its shards."""
         return self.sizes.latent_shards * self.sizes.latent_rows
+
+    def write_latents(self, uri: str, num_shards: int) -> StageOutput:
+        """Some shards of latents."""
+        shape = (self.sizes.latent_channels, *LATENT_GRID)
+        return write_latents(uri, num_shards, self.sizes.latent_rows, shape, self.seed)
+
+    @property
+    def latent_bytes(self) -> int:
+        """Bytes of a row."""
+        return 2 * self.sizes.latent_channels * LATENT_GRID[0] * LATENT_GRID[1]
 
     def new_folder(self) -> Path:
         """A folder for the cache of a node that holds nothing yet, or for other files."""

@@ -18,16 +18,14 @@ from drorae.data.shard_format import part_name
 from tests.rehearsal.bench import CAP_BYTES_S, Bench
 from tests.rehearsal.line import Line
 from tests.rehearsal.node import Loop, Seen
-from tests.rehearsal.outputs import LATENT_SHAPE, write_latents
 
 BATCH = 32
-ROW_BYTES = 2 * LATENT_SHAPE[0] * LATENT_SHAPE[1] * LATENT_SHAPE[2]
 WIDE = OrderConfig(streams=8, window_shards=2)
 NARROW = OrderConfig(streams=2, window_shards=2)
-"""So few streams that what is open fits a fifth of 40 shards."""
+"""So few streams that what is open fits a fifth of 80 shards."""
 CACHE_SHARE = 0.2
 NODE_RANKS = 8
-LOCAL_SHARDS = 8
+LOCAL_SHARDS = 16
 SMALL_DIT_S = 1.47e-3
 """GPU time of one latent in a step of DiT-DH-S in TF32, 40 % of an H100's peak."""
 
@@ -51,7 +49,7 @@ def epoch(bench: Bench) -> Iterator[Line]:
     """An epoch with a cache of a fifth of the set, read at half of the network's rate."""
     steps = bench.num_latents // BATCH
     limit = int(CACHE_SHARE * sum(entry.size_bytes for entry in bench.latents.manifest.files))
-    step_s = 2 * BATCH * ROW_BYTES / CAP_BYTES_S
+    step_s = 2 * BATCH * bench.latent_bytes / CAP_BYTES_S
     loop = _loop(bench, order=NARROW, num_steps=steps, limit_bytes=limit, step_s=step_s)
     (seen,) = bench.run([loop])
     yield _read_once("epoch", loop, [seen])
@@ -76,7 +74,7 @@ def ranks(bench: Bench) -> Iterator[Line]:
     """An epoch of eight ranks on one node."""
     batch = BATCH * NODE_RANKS // 4
     steps = bench.num_latents // batch
-    step_s = 1.5 * batch * ROW_BYTES / CAP_BYTES_S
+    step_s = 1.5 * batch * bench.latent_bytes / CAP_BYTES_S
     first = _loop(bench, order=WIDE, num_steps=steps, batch=batch, step_s=step_s)
     loops = [replace(first, rank=rank, world_size=NODE_RANKS) for rank in range(NODE_RANKS)]
     seen = bench.run(loops)
@@ -88,7 +86,7 @@ def ranks(bench: Bench) -> Iterator[Line]:
 def loader(bench: Bench) -> Iterator[Line]:
     """Latents of a local workspace, mapped."""
     folder = bench.new_folder()
-    output = write_latents(str(folder), LOCAL_SHARDS, bench.sizes.latent_rows, bench.seed)
+    output = bench.write_latents(str(folder), LOCAL_SHARDS)
     reader = LatentShards(output)
     best_s = cpu_s = float("inf")
     for _ in range(5):  # the first one reads the disk

@@ -7,6 +7,7 @@ TCP as it is, so that signatures stay valid.
 import asyncio
 import contextlib
 import multiprocessing
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,7 @@ class _Bucket:
 
 
 def _serve(target: str, counts: Any, bytes_s: float, parent: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     asyncio.run(_listen(target, counts, _Bucket(bytes_s), parent))
 
 

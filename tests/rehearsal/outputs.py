@@ -11,23 +11,22 @@ from drorae.store.files import FileEntry
 from drorae.store.manifest import MANIFEST_NAME, Manifest, encode_manifest
 from drorae.store.workspace import StageOutput
 
-LATENT_SHAPE = (768, 16, 16)
 NUM_CLASSES = 1000
 
 
-def write_latents(uri: str, num_shards: int, rows: int, seed: int) -> StageOutput:
-    """An output of the stage `latents`, one view, 393 kB a row."""
+def write_latents(
+    uri: str, num_shards: int, rows: int, shape: tuple[int, int, int], seed: int
+) -> StageOutput:
+    """An output of the stage `latents`, one view."""
     draw = np.random.default_rng(seed)
-    latents = draw.standard_normal((rows, *LATENT_SHAPE), np.float32).astype(np.float16)
+    latents = draw.standard_normal((rows, *shape), np.float32).astype(np.float16)
     parts = []
     for number in range(num_shards):
         latents[:, 0, 0, 0] = number  # another content, so another digest
         labels = draw.integers(0, NUM_CLASSES, rows, dtype=np.int32)
         name = part_name("train", number)
         parts.append(write_latent_shard(uri, name, {"latent": latents}, labels, number * rows))
-    counts = files.write_json(
-        files.join(uri, "counts.json"), {"shape": list(LATENT_SHAPE), "flip": False}
-    )
+    counts = files.write_json(files.join(uri, "counts.json"), {"shape": list(shape), "flip": False})
     entries = [part.entry for part in parts] + [write_index(uri, "train", parts)]
     entries.append(replace(counts, name="counts.json"))
     return committed(uri, "latents", entries)
