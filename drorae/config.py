@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
+    "ACCELERATED",
     "Compute",
     "FieldDoc",
+    "Resources",
     "canonical_json",
     "digest",
     "field_docs",
@@ -65,7 +67,8 @@ class Compute:
     activation_checkpointing: bool = False
     """Recompute block activations in the backward pass: about a third more compute, less memory."""
     data_actors: int = 1
-    """Ray Data actors that shard, encode or sample at the same time."""
+    """Ray Data actors that shard, encode or sample at the same time. Actors that run networks are
+    as many as the cluster has GPUs instead if `use_gpu`."""
     parallel_stages: int = 2
     """Stages that may run at the same time when the graph allows it (embedded runs)."""
     log_every_steps: int = 10
@@ -110,21 +113,16 @@ class Compute:
     its processes together; the least recently used ones make room, those in use never do. 0: as
     much as the disk holds. Below what is in use at a time (about `order.streams` times
     `order.window_shards` shards, divided by the machines) rows are read one by one instead."""
-    decode_threads: int = 4
-    """Threads that decode images in each process that reads them."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         counts = ("num_workers", "threads_per_worker", "loader_threads")
         for name in (*counts, "data_actors", "parallel_stages"):
             _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
-        for name in ("log_every_steps", "save_every_steps", "keep_checkpoints", "decode_threads"):
+        for name in ("log_every_steps", "save_every_steps", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
         for name in ("accumulate_steps", "rollback_after_skips"):
             _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
-        _require(
-            self.decode_threads >= 1, "compute.decode_threads", self.decode_threads, "at least 1"
-        )
         for name in ("max_failures", "keep_every_steps", "cache_limit_gb"):
             _require(getattr(self, name) >= 0, f"compute.{name}", getattr(self, name), "0 or more")
         for name in ("collective_timeout_s", "hang_timeout_s"):
@@ -143,6 +141,22 @@ class Compute:
         if self.device == "auto":
             return "cuda" if self.use_gpu else "cpu"
         return self.device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """What Ray sets aside for one process of a stage; the stage table says it for every stage."""
+
+    cpus: float = 1.0
+    """Logical CPUs. 0: it mostly waits and fits beside anything."""
+    gpus: float = 0.0
+    """GPUs, where `compute.use_gpu` asks for any."""
+    memory_bytes: int = 0
+    """Memory; 0: none is set aside."""
+
+
+ACCELERATED = Resources(gpus=1.0)
+"""A process that runs networks: one GPU where there are any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,10 +9,10 @@ import errno
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from drorae.config import from_json, to_json
+from drorae.config import ACCELERATED, Resources, from_json, to_json
 from drorae.store import files
 
 USER_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES})
@@ -48,6 +48,10 @@ class JobSpec:
     """MLflow server or database; None writes no curves."""
     run_ids: dict[str, str]
     """Ids of the runs that this attempt belongs to: `prefect`, `mlflow`."""
+    driver: Resources = field(default_factory=lambda: Resources(cpus=0.0))
+    """What the job's own process takes of a cluster."""
+    workers: Resources = ACCELERATED
+    """What one of its workers or actors takes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -59,6 +59,7 @@ def _build(
         output_uri=workspace.stage_uri(spec.stage, spec.key),
         inputs={name: _input(workspace, name, key) for name, key in spec.input_keys.items()},
         compute=compute,
+        workers=spec.workers,
         tracking_uri=spec.tracking_uri,
         tracking_run_id=spec.run_ids.get("mlflow"),
         attempt=attempt,

@@ -11,6 +11,7 @@ import threading
 import time
 from typing import Any
 
+from drorae.config import Resources
 from pipelines import attempt as attempts
 from pipelines.attempt import JobError, JobResult, JobSpec
 from pipelines.launch import OnProgress, ProgressFollower, Stopped, require_result
@@ -23,6 +24,7 @@ SUBMIT_FOR_S = 120.0
 JOB_VARIABLES = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "10"}
 FORWARDED_PREFIXES = ("AWS_", "DRORAE_", "MLFLOW_", "RAY_TRAIN_")
 RUNNING = frozenset({"PENDING", "RUNNING"})
+ON_HEAD = {"node:__internal_head__": 0.001}  # Ray declares this of its head
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ class RayJobLauncher:
                     submission_id=name,
                     runtime_env={"env_vars": {**self._env, "DRORAE_RAY_JOB_ID": name}},
                     metadata={"stage": spec.stage, "key": spec.key},
+                    **entrypoint_resources(spec.driver),
                 )
                 return
             except ClusterAway:
@@ -140,6 +143,20 @@ class RayJobLauncher:
                         "its Jobs API there (port 8265). Start it, or unset DRORAE_RAY_ADDRESS."
                     ) from error
             return self._connected
+
+
+def entrypoint_resources(driver: Resources) -> dict[str, Any]:
+    """Return what the Jobs API sets aside for a driver, on the head.
+
+    A job that names resources may run anywhere unless it asks for the head too; a driver on a
+    machine that is taken away would take its stage with it.
+    """
+    return {
+        "entrypoint_num_cpus": driver.cpus,
+        "entrypoint_num_gpus": driver.gpus,
+        "entrypoint_memory": driver.memory_bytes,
+        "entrypoint_resources": dict(ON_HEAD),
+    }
 
 
 def submission_id(spec: JobSpec, attempt: int) -> str:

@@ -46,7 +46,7 @@ def sample(options: argparse.Namespace, console: Console) -> int:
     from drorae.evaluation.grids import image_grid, png_bytes, to_hwc
     from drorae.evaluation.inference import sample_images
     from drorae.evaluation.loading import load_generator, load_tokenizer
-    from drorae.evaluation.sampling import sampler_settings
+    from drorae.evaluation.tasks import sampler_settings
 
     evaluate = plan.full.evaluate
     guidance = options.guidance or _strongest(evaluate.guidances)

@@ -177,6 +177,8 @@ class Session:
             force=step.state in ("forced", "code changed"),
             tracking_uri=self._runs.uri,
             run_ids={name: value for name, value in run_ids.items() if value},
+            driver=stage.driver,
+            workers=stage.workers,
         )
 
     def _record(self, step: Step, outcome: str, wall_s: float) -> None:

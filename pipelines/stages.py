@@ -10,8 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from drorae.config import to_json
+from drorae.config import ACCELERATED, Resources, to_json
 from drorae.store.keys import stage_key
+
+DRIVER = Resources(cpus=0.0, memory_bytes=2 << 30)
+"""A stage's own process: it hands out work, waits, and writes small files. It needs no GPU, and
+runs on a head that declares neither GPUs nor CPUs."""
+PIXELS = Resources(cpus=1.0)
+"""An actor that reads and writes pictures."""
 
 
 def _always(full: Any) -> bool:
@@ -47,6 +53,8 @@ class Stage:
         enabled: Whether this configuration has the stage at all.
         needs_if: Needs that only some configurations have: a name in `needs`, and when it counts.
         uses_ray: Whether a local Ray has to be up for it when no cluster is given.
+        driver: What its own process takes of a cluster.
+        workers: What each of its training workers or actors takes.
     """
 
     name: str
@@ -57,6 +65,8 @@ class Stage:
     enabled: Callable[[Any], bool] = _always
     needs_if: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     uses_ray: bool = True
+    driver: Resources = DRIVER
+    workers: Resources = ACCELERATED
 
 
 STAGES: tuple[Stage, ...] = (
@@ -65,6 +75,7 @@ STAGES: tuple[Stage, ...] = (
         needs=(),
         sections=("shard",),
         entry="drorae.data.sharding:run_shard",
+        workers=PIXELS,
     ),
     Stage(
         name="decoder",
@@ -97,6 +108,7 @@ STAGES: tuple[Stage, ...] = (
         needs=("shard", "decoder", "fusion"),
         sections=("encoder", "latents"),
         entry="drorae.data.latents:run_latents",
+        version=2,
         needs_if={"decoder": _uses_imported_stats},
     ),
     Stage(
@@ -120,6 +132,7 @@ STAGES: tuple[Stage, ...] = (
         ),
         sections=("seed", "encoder", "evaluate"),
         entry="drorae.evaluation.stages:run_evaluate",
+        version=2,
     ),
     Stage(
         name="report",

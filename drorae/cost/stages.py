@@ -184,16 +184,21 @@ def latents_cost(networks: Networks, num_train_images: int, *, flip: bool) -> St
 def evaluate_cost(
     job: EvaluateJob, networks: Networks, *, num_val_images: int, num_decoders: int
 ) -> StageCost:
-    """Reconstruct the held-out photos, draw samples; feature networks are left out."""
+    """Reconstruct the held-out photos, draw samples; feature networks are left out.
+
+    LPIPS is always float32, the rest as the job says.
+    """
     steps = (job.num_grid_points - 1) * (2 if job.sampler == "heun" else 1)
     generator, decoder = networks.diffusion.forward_flops, networks.decoder.forward_flops
     weak = {"cfg": generator, "autoguidance": networks.guide.forward_flops}
     drawn = sum(steps * (generator + weak.get(name, 0)) + decoder for name in job.guidances)
     once = networks.encoder.forward_flops + networks.fusion.forward_flops
-    reconstructed = once + num_decoders * (decoder + 2 * networks.lpips.forward_flops)
+    reconstructed = once + num_decoders * decoder
     flops = job.num_samples * drawn + num_val_images * reconstructed
+    lpips = num_val_images * num_decoders * 2 * networks.lpips.forward_flops
     images = job.num_samples * len(job.guidances) + num_val_images
-    return StageCost(stage="evaluate", images=images, flops={"float32": float(flops)})
+    cost = _add({job.precision: flops}, {"float32": lpips})
+    return StageCost(stage="evaluate", images=images, flops=cost)
 
 
 def _adversarial(

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from drorae.data.readers.candidates import Listing
 from drorae.data.selection import BAD, UNKNOWN, hash_order, val_mask
@@ -86,8 +85,9 @@ class Candidates:
 
     def _units(self, placed: np.ndarray) -> np.ndarray:
         """A number for each candidate, equal for those of one row group and else unique."""
-        kinds = self.listing.table["kind"].combine_chunks().take(pa.array(placed))
-        is_whole = pc.equal(kinds.cast(pa.string()), "parquet").to_numpy(zero_copy_only=False)
+        kinds: Any = self.listing.table["kind"].combine_chunks()
+        is_grouped = np.array([kind == "parquet" for kind in kinds.dictionary.to_pylist()])
+        is_whole = is_grouped[kinds.indices.to_numpy()[placed]]
         groups = self.listing.table["unit"].to_numpy()[placed]
         grouped = (self._container_codes()[placed] << 32) + groups
         return np.where(is_whole, grouped, -1 - np.arange(len(placed)))
@@ -131,7 +131,7 @@ class Checked:
 
     def rejects(self) -> tuple[np.ndarray, list[str]]:
         """Rejected candidates and the reasons."""
-        bad = self._table.filter(pc.not_equal(self._table["reason"], ""))
+        bad = self._table.filter(self._table["sha256"].is_null())
         return bad["position"].to_numpy(), bad["reason"].to_pylist()
 
     def sizes(self, positions: np.ndarray) -> np.ndarray:
@@ -152,7 +152,7 @@ class Checked:
             "key": pa.array([row["key"] for row in rows]),
             "label": pa.array(candidates.labels[positions]),
             "uri": pa.array(uris, pa.binary()),
-            "is_source": pc.less(found["pack"], 0),
+            "is_source": pa.array(found["pack"].to_numpy() < 0),
             **{name: found[name] for name in ("start", "size_bytes", "sha256", "width", "height")},
         }
         return pa.table(columns).select(SHARD_PLAN_SCHEMA.names).cast(SHARD_PLAN_SCHEMA)

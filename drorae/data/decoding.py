@@ -158,14 +158,6 @@ def to_view(image: Image.Image, view_px: int) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def shrink_to_view(image: Image.Image, view_px: int) -> Image.Image:
-    """`to_view` of pictures that it makes smaller, others as they are.
-
-    What a shard stores: `to_view` of it is `to_view` of the source, and no more bytes than either.
-    """
-    return to_view(image, view_px) if min(image.size) > view_px else image
-
-
 def encode_png(image: Image.Image) -> bytes:
     """Lossless bytes, equal for equal pixels."""
     buffer = io.BytesIO()

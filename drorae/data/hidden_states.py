@@ -19,6 +19,7 @@ import torch
 
 from drorae.config import digest
 from drorae.data.images import ImageShards
+from drorae.models.encoder_config import EncoderConfig
 from drorae.shapes import Float, Tensor, UInt8
 from drorae.store.context import StageContext
 from drorae.store.errors import is_s3
@@ -29,6 +30,10 @@ CacheMode = Literal["none", "memory", "disk"]
 
 BLOCK_IMAGES = 512
 """Images of one cache block."""
+
+MOST_KEPT_BYTES = 200 * 10**9
+"""Hidden states that are kept on disk at most: 42,000 images of DINOv2-B. ImageNet's would be 6 TB,
+which cost more to read in each epoch than to compute."""
 
 _ENCODER_LOCK = (
     threading.Lock()
@@ -190,6 +195,40 @@ class BlockFile:
                 "the next run computes it again."
             )
         return values.reshape(self._row_shape)
+
+
+def check_kept(
+    mode: CacheMode, num_images: int, encoder: EncoderConfig, *, is_shared: bool
+) -> None:
+    """Refuse to keep hidden states on disk where that cannot work or does not pay.
+
+    Args:
+        mode: Where they are to be kept.
+        num_images: Images of the split.
+        encoder: Whose hidden states.
+        is_shared: Whether all ranks use one folder: one machine, or one that the configuration
+            names (`compute.cache_path`), which then has to lie on a file system of all machines.
+
+    Raises:
+        ValueError: Too many bytes, or a folder on each machine, which would hold the blocks that
+            the ranks of that machine filled and no others.
+    """
+    if mode != "disk":
+        return
+    image_bytes = encoder.num_layers * encoder.grid**2 * encoder.width * 2
+    num_bytes = num_images * image_bytes
+    if num_bytes > MOST_KEPT_BYTES:
+        raise ValueError(
+            f"hidden_states=disk would keep {num_bytes / 1e9:,.0f} GB ({num_images:,} images of "
+            f"{image_bytes / 1e6:.1f} MB): expected at most {MOST_KEPT_BYTES / 1e9:,.0f} GB. Use "
+            "hidden_states=none, which encodes in the step."
+        )
+    if not is_shared:
+        raise ValueError(
+            "hidden_states=disk with ranks on several machines would keep other blocks on each: "
+            "expected one folder. Set compute.cache_path to one that all machines share, or use "
+            "hidden_states=none."
+        )
 
 
 def to_unit(images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:

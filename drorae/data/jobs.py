@@ -84,6 +84,9 @@ class LatentJob:
     """Stored number format; the relative rounding error is below 5e-4."""
     batch_images: int = 32
     """Images in one encoder call."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Number format of the encoder's and the fusion's products. The result is
+    stored in float16 either way."""
     flip: bool = False
     """Store the latent of the mirrored image too, so that training can flip as RAE's stage 2
     does."""

@@ -125,7 +125,7 @@ class CheckPictures:
         image = decode_image(data, self._rule.limits)
         span = source_span(record.candidate)
         row = {
-            "sha256": hashlib.sha256(data).digest(),
+            "sha256": content_digest(data),
             "width": image.width,
             "height": image.height,
             "reason": "",
@@ -139,6 +139,11 @@ class CheckPictures:
         if self._rule.pictures == "square":
             return encode_png(to_square(image, self._rule.side_px, self._rule.crop))
         return data if isinstance(data, bytes) else encode_png(image)
+
+
+def content_digest(data: bytes | np.ndarray) -> bytes:
+    """Sha256 of a file's bytes, or of pixels."""
+    return hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).digest()
 
 
 def source_span(candidate: Candidate) -> Span | None:

@@ -12,7 +12,7 @@ import base64
 import functools
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -34,6 +34,9 @@ PICTURE_SCHEMA = pa.schema(
     }
 )
 """Columns of a shard of pictures; `id` counts from 0 in each split, `image` is an image file."""
+
+WRITE_BYTES = 8 * 2**20
+"""Bytes of rows that are written at a time."""
 
 METADATA_KEY = b"drorae"
 """Key of the JSON text in the index's metadata."""
@@ -119,9 +122,16 @@ def write_picture_shard(output_uri: str, name: str, rows: pa.RecordBatch) -> Sha
 
 
 def write_latent_shard(
-    output_uri: str, name: str, latents: dict[str, np.ndarray], labels: np.ndarray, first_id: int
+    output_uri: str,
+    name: str,
+    latents: dict[str, np.ndarray],
+    labels: np.ndarray,
+    first_id: int,
+    filled: Callable[[int], None] = lambda rows: None,
 ) -> ShardPart:
     """Write a shard of latents, atomically and equal rows to equal bytes; nothing is copied.
+
+    The arrays may still be filled while they are written.
 
     Args:
         output_uri: Folder of the stage output, local or s3://.
@@ -129,6 +139,7 @@ def write_latent_shard(
         latents: Columns, float16 [rows, channels, height, width], all of one shape.
         labels: Class of each row.
         first_id: Id of the first row.
+        filled: Returns once so many rows of all columns are there; raises to give up.
 
     Raises:
         ValueError: Arrays of another number format, or of different shapes.
@@ -148,7 +159,16 @@ def write_latent_shard(
         columns[column] = _as_lists(array)
     addresses = {column: array.ctypes.data for column, array in values.items()}
     batch = pa.record_batch(columns)
-    return _write(output_uri, name, batch, labels, np.empty(0, np.int32), addresses)
+    row_bytes = next(iter(values.values()))[0].nbytes
+    return _write(
+        output_uri,
+        name,
+        batch,
+        labels,
+        np.empty(0, np.int32),
+        addresses,
+        lambda end: filled(-(-end // row_bytes)),
+    )
 
 
 def _row_shape(latents: dict[str, np.ndarray]) -> tuple[int, ...]:
@@ -169,11 +189,12 @@ def _write(
     labels: np.ndarray,
     sizes: np.ndarray,
     addresses: dict[str, int],
+    ready: Callable[[int], None] = lambda end: None,
 ) -> ShardPart:
     written: dict[int, int] = {}
 
     def save(file: BinaryIO) -> None:
-        sink = _Places(file)
+        sink = _Places(file, set(addresses.values()), ready)
         with pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
         written.update(sink.places)
@@ -190,10 +211,16 @@ def _write(
 
 
 class _Places(io.RawIOBase):
-    """Passes bytes on and notes at which byte of the file each buffer in memory was written."""
+    """Passes bytes on and notes at which byte of the file each of some buffers was written.
 
-    def __init__(self, target: BinaryIO) -> None:
-        self._target = target
+    Args:
+        target: Where to write.
+        addresses: Where in memory those buffers begin.
+        ready: Returns once a buffer has its bytes up to the given one.
+    """
+
+    def __init__(self, target: BinaryIO, addresses: set[int], ready: Callable[[int], None]) -> None:
+        self._target, self._addresses, self._ready = target, addresses, ready
         self._position = 0
         self.places: dict[int, int] = {}
 
@@ -204,12 +231,17 @@ class _Places(io.RawIOBase):
         return self._position
 
     def write(self, data: Any) -> int:
-        view = memoryview(data)
-        if isinstance(data, pa.Buffer):
+        view = memoryview(data).cast("B")
+        if isinstance(data, pa.Buffer) and data.address in self._addresses:
             self.places[data.address] = self._position
-        self._target.write(view)
-        self._position += view.nbytes
-        return view.nbytes
+            for start in range(0, len(view), WRITE_BYTES):
+                end = min(start + WRITE_BYTES, len(view))
+                self._ready(end)
+                self._target.write(view[start:end])
+        else:
+            self._target.write(view)
+        self._position += len(view)
+        return len(view)
 
 
 def write_index(output_uri: str, split: str, parts: Sequence[ShardPart]) -> FileEntry:

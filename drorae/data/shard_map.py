@@ -9,15 +9,17 @@ import functools
 import json
 import logging
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
-from drorae.config import Compute
+from drorae.config import Compute, Resources
 from drorae.store import files
 
+PLAIN = Resources()
+
 Progress = Callable[[int, int], None]
-"""Called with (shards done, shards in all)."""
+"""Called with (work done, work in all), in the unit of `ShardTask.size`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,8 @@ class ShardTask:
     """Unique, deterministic name; also that of the done marker. No slashes."""
     payload: dict[str, Any]
     """JSON values that the worker needs."""
+    size: int = 1
+    """How much work it is, in a unit of the stage's; only progress depends on it."""
 
 
 @runtime_checkable
@@ -43,10 +47,10 @@ BuildWorker = Callable[[], ShardWorker]
 """Makes the worker, in the actor; has to be picklable."""
 
 Executor = Callable[
-    [Sequence[ShardTask], BuildWorker, Compute, float], Iterable[tuple[str, dict[str, Any]]]
+    [Sequence[ShardTask], BuildWorker, Compute, Resources], Iterable[tuple[str, dict[str, Any]]]
 ]
 """Runs tasks somewhere and yields (name, result) as they finish. Called with the tasks, what makes
-the worker of an actor, the number of actors in `Compute`, and the GPUs of one actor."""
+the worker of an actor, the number of actors in `Compute`, and what one actor takes."""
 
 
 def map_shards(
@@ -56,7 +60,7 @@ def map_shards(
     work_uri: str,
     compute: Compute,
     on_progress: Progress | None = None,
-    num_gpus: float = 0.0,
+    worker: Resources = PLAIN,
     executor: Executor | None = None,
 ) -> list[dict[str, Any]]:
     """Run a worker over all tasks that have no done marker yet.
@@ -66,8 +70,8 @@ def map_shards(
         build_worker: Makes the worker, once in each actor.
         work_uri: Folder of this stage's work files; markers go below it.
         compute: Number of actors.
-        on_progress: Told about finished shards, those of earlier attempts included.
-        num_gpus: GPUs of one actor.
+        on_progress: Called with the work that is finished, earlier attempts included.
+        worker: What one actor takes of the cluster.
         executor: Who runs the tasks; Ray Data unless given.
 
     Returns:
@@ -83,14 +87,17 @@ def map_shards(
     done_uri = files.join(work_uri, "done")
     results = _read_markers(done_uri, set(names))
     missing = [task for task in tasks if task.name not in results]
+    sizes = {task.name: task.size for task in tasks}
+    total, done = sum(sizes.values()), sum(sizes[name] for name in results)
     report = on_progress or (lambda done, total: None)
-    report(len(results), len(tasks))
+    report(done, total)
     if missing:
         run = executor or run_on_ray
         build_marking = functools.partial(_MarkingWorker, build_worker, done_uri)
-        for name, result in run(missing, build_marking, compute, num_gpus):
+        for name, result in run(missing, build_marking, compute, worker):
             results[name] = result
-            report(len(results), len(tasks))
+            done += sizes[name]
+            report(done, total)
     lost = [name for name in names if name not in results]
     if lost:
         raise RuntimeError(
@@ -121,18 +128,21 @@ def _read_markers(done_uri: str, names: set[str]) -> dict[str, dict[str, Any]]:
 
 
 def run_in_process(
-    tasks: Sequence[ShardTask], build_worker: BuildWorker, compute: Compute, num_gpus: float
+    tasks: Sequence[ShardTask], build_worker: BuildWorker, compute: Compute, worker: Resources
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Run tasks one by one in this process (an `Executor`): no Ray, for tests and debugging."""
-    worker = build_worker()
+    run = build_worker()
     for task in tasks:
-        yield task.name, worker(task)
+        yield task.name, run(task)
 
 
 def run_on_ray(
-    tasks: Sequence[ShardTask], build_worker: BuildWorker, compute: Compute, num_gpus: float
+    tasks: Sequence[ShardTask], build_worker: BuildWorker, compute: Compute, worker: Resources
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Run tasks on a Ray Data actor pool, one block a task (an `Executor`).
+
+    The pool is as large as `num_actors` says, and works with fewer while places are missing: one
+    actor is enough. An actor takes one task at a time, so that the last ones end together.
 
     Raises:
         ValueError: As a task raised it; likewise FileNotFoundError.
@@ -146,20 +156,39 @@ def run_on_ray(
     connect_ray(compute)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.actor_pool_util_upscaling_threshold = 0.9  # with one task an actor, 1 is the most
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress is told by `on_progress`
     rows = [{"name": task.name, "payload": json.dumps(task.payload)} for task in tasks]
-    actors = min(compute.data_actors, len(tasks))
+    gpus = worker.gpus if compute.use_gpu else 0.0
+    actors = min(num_actors(compute, worker, ray.cluster_resources()), len(tasks))
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         cast(Any, _RayRow),
         fn_constructor_args=(build_worker, compute.threads_per_worker),
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
-        num_cpus=1,
-        num_gpus=num_gpus or None,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, initial_size=actors, max_size=actors, max_tasks_in_flight_per_actor=1
+        ),
+        num_cpus=worker.cpus,
+        num_gpus=gpus or None,
+        memory=worker.memory_bytes or None,
     )
     for row in results.iter_rows():
         if row["error"]:
             raise _as_raised(row["name"], json.loads(row["error"]))
         yield row["name"], json.loads(row["result"])
+
+
+def num_actors(compute: Compute, worker: Resources, available: Mapping[str, float]) -> int:
+    """Actors that work at the same time: one a place on the GPUs of the cluster, else data_actors.
+
+    Args:
+        compute: Whether GPUs are asked for, and the number of actors without.
+        worker: What one actor takes.
+        available: Resources of the whole cluster by Ray's names; machines that it lacks now do not
+            count.
+    """
+    if not (compute.use_gpu and worker.gpus):
+        return compute.data_actors
+    return max(1, int(available.get("GPU", 0.0) / worker.gpus))
 
 
 def _as_raised(name: str, error: dict[str, str]) -> Exception:

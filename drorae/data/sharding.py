@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 
 from drorae.config import to_json
 from drorae.data.checked import Candidates, Checked
@@ -111,7 +111,8 @@ def _list(ctx: StageContext, job: ShardJob) -> Listing:
 
 def _moved(table: pa.Table, split: str) -> pa.Table:
     """The same candidates in a split, their keys below its name."""
-    keys = pc.binary_join_element_wise(pa.scalar(split), table["key"], "/")
+    functions: Any = pyarrow.compute
+    keys = functions.binary_join_element_wise(pa.scalar(split), table["key"], "/")
     splits = pa.DictionaryArray.from_arrays(np.zeros(len(table), np.int32), pa.array([split]))
     for name, column in (("key", keys), ("split", splits)):
         place = table.schema.get_field_index(name)

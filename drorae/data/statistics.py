@@ -9,6 +9,9 @@ of the data into shards up to float64 rounding.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+
+from drorae.shapes import Float, Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,19 +41,6 @@ class Moments:
             raise ValueError("variance of 0 samples is undefined: expected at least one sample.")
         return self.m2 / self.count
 
-    def update(self, samples: np.ndarray) -> "Moments":
-        """Moments with a batch [batch, ...] added."""
-        if len(samples) == 0:
-            return self
-        values = np.asarray(samples, dtype=np.float64)
-        mean = values.mean(axis=0)
-        deviations = values - mean
-        return self.merge(
-            Moments(
-                count=len(values), mean=mean, m2=np.einsum("i...,i...->...", deviations, deviations)
-            )
-        )
-
     def merge(self, other: "Moments") -> "Moments":
         """Moments of both data sets together.
 
@@ -69,3 +59,36 @@ class Moments:
         mean = self.mean + delta * (other.count / count)
         m2 = self.m2 + other.m2 + delta**2 * (self.count * other.count / count)
         return Moments(count=count, mean=mean, m2=m2)
+
+
+class RunningMoments:
+    """Moments of batches on their device, float64.
+
+    Args:
+        shape: Shape of one sample.
+        device: Where the batches are.
+    """
+
+    CHUNK = 64
+    """Samples that are worked on at a time: float64 copies of no more are made."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self._count = 0
+        self._mean = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._m2 = torch.zeros_like(self._mean)
+
+    def update(self, samples: Float[Tensor, "batch ..."]) -> None:
+        """Add a batch."""
+        for chunk in samples.split(self.CHUNK) if len(samples) else ():
+            values = chunk.to(torch.float64)
+            mean = values.mean(dim=0)
+            count = self._count + len(values)
+            delta = mean - self._mean
+            self._mean += delta * (len(values) / count)
+            self._m2 += (values - mean).square().sum(dim=0)
+            self._m2 += delta.square() * (self._count * len(values) / count)
+            self._count = count
+
+    def result(self) -> Moments:
+        """Moments of all batches so far."""
+        return Moments(count=self._count, mean=self._mean.cpu().numpy(), m2=self._m2.cpu().numpy())

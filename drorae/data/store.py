@@ -218,6 +218,7 @@ class _Ahead:
         self._step = 0
         self._is_full = self._is_exhausted = False
         self._changed = threading.Condition()
+        self._reading = threading.Lock()
         self._stopped = False
         for _ in range(DOWNLOADS_AT_ONCE):
             threading.Thread(target=self._work, name="shards ahead", daemon=True).start()
@@ -250,13 +251,10 @@ class _Ahead:
 
     def _next(self) -> ShardUse | None:
         """A use to work on; waits where there is no room, or no more to do than to try again."""
-        with self._changed:
-            while not self._stopped:
-                is_full = self._is_full and bool(self._later)
-                if not is_full and len(self._later) < MOST_SKIPPED and self._has_place():
-                    use = self._take()
-                    if use is not None:
-                        return use
+        while not self._stopped:
+            if self._may_take() and (use := self._take()) is not None:
+                return use
+            with self._changed:
                 if self._is_exhausted and not self._later:
                     return None
                 self._changed.wait(RETRY_S)
@@ -264,19 +262,25 @@ class _Ahead:
                     return self._later.popleft()
         return None
 
-    def _has_place(self) -> bool:
-        # Plans may be endless: two epochs ahead are enough where everything is here already.
-        return len(self._taken) < 2 * len(self._store.index.shard_rows)
+    def _may_take(self) -> bool:
+        with self._changed:
+            is_full = self._is_full and bool(self._later)
+            # Plans may be endless: two epochs ahead are enough where everything is here already.
+            is_far = len(self._taken) >= 2 * len(self._store.index.shard_rows)
+            return not is_full and not is_far and len(self._later) < MOST_SKIPPED
 
     def _take(self) -> ShardUse | None:
         """The next use that is not over yet, counted as coming."""
-        for use in self._coming:
-            if use.last_step >= self._step:
+        # A plan is worked out as it is read, which may take a while once an epoch: `reached`, which
+        # a training loop calls, must not wait for it.
+        with self._reading:
+            use = next((use for use in self._coming if use.last_step >= self._step), None)
+        with self._changed:
+            self._is_exhausted = use is None
+            if use is not None and not self._stopped:
                 heapq.heappush(self._taken, (use.last_step, use.shard))
                 self._store.use(use.shard, 1)
-                return use
-        self._is_exhausted = True
-        return None
+        return use
 
 
 def read_index(output: StageOutput, split: str) -> Index:

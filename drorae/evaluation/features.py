@@ -2,14 +2,11 @@
 
 The standard Inception weights are in no package registry, so the default feature space is the 1280
 pooled channels of ImageNet EfficientNet-Lite0. Distances in it are named as such and compare with
-no published FID. Features of one set of images are computed once and reused for every metric; an
-optional file cache is keyed by the content of images and weights, never by a name (torch-fidelity's
-own cache takes a name and returns stale features when it is reused).
+no published FID. Features of one set of images are computed once, stored as files, and reused for
+every metric.
 """
 
 import hashlib
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,13 @@ from torch_fidelity.utils import create_feature_extractor
 
 from drorae.shapes import Tensor, UInt8
 
-__all__ = ["EfficientNetLite0Features", "FeatureSet", "Features", "build_features", "file_sha256"]
+__all__ = [
+    "EfficientNetLite0Features",
+    "FeatureSet",
+    "Features",
+    "build_features",
+    "file_sha256",
+]
 
 EFFICIENTNET = "drorae-efficientnet-lite0"
 INCEPTION = "inception-v3-compat"
@@ -40,10 +43,6 @@ class FeatureSet:
     """float32 [N, D]: for FD, KID, precision and recall."""
     logits: np.ndarray
     """float32 [N, classes]: for the Inception-Score-like number."""
-
-    def head(self, count: int) -> "FeatureSet":
-        """The first `count` rows."""
-        return FeatureSet(pooled=self.pooled[:count], logits=self.logits[:count])
 
 
 class EfficientNetLite0Features(FeatureExtractorBase):
@@ -113,14 +112,13 @@ class EfficientNetLite0Features(FeatureExtractorBase):
 
 
 class Features:
-    """Turns images into a `FeatureSet`, in batches, with an optional content-keyed file cache.
+    """Turns images into a `FeatureSet`, in batches.
 
     Args:
         extractor: A torch-fidelity feature extractor whose list is (pooled, logits).
-        identity: Text that names network, input size and weights exactly; part of the cache key.
+        identity: Text that names network, input size and weights exactly.
         batch_images: Images per forward pass.
         device: Where to compute.
-        cache_path: Folder of the cache; None computes every time.
     """
 
     def __init__(
@@ -130,19 +128,14 @@ class Features:
         identity: str,
         batch_images: int,
         device: torch.device | str = "cpu",
-        cache_path: Path | None = None,
     ) -> None:
         self.extractor = extractor.to(device)
         self.identity = identity
         self.batch_images = batch_images
         self.device = device
-        self.cache_path = cache_path
 
-    def of(
-        self,
-        images: Tensor,
-        on_progress: Callable[[int], None] | None = None,
-    ) -> FeatureSet:
+    @torch.no_grad()
+    def of(self, images: Tensor) -> FeatureSet:
         """Features of all images, uint8 [N, 3, H, W].
 
         Raises:
@@ -153,34 +146,11 @@ class Features:
                 f"features got {images.dtype} {tuple(images.shape)}: expected at least one uint8 "
                 "image."
             )
-        cached = self._cache_file(images)
-        if cached is not None and cached.exists():
-            with np.load(cached) as data:
-                return FeatureSet(pooled=data["pooled"], logits=data["logits"])
-        features = self._compute(images, on_progress)
-        if cached is not None:
-            _save_atomically(cached, features)
-        return features
-
-    def _compute(self, images: Tensor, on_progress: Callable[[int], None] | None) -> FeatureSet:
-        pooled, logits = [], []
-        with torch.no_grad():
-            for start in range(0, len(images), self.batch_images):
-                batch = images[start : start + self.batch_images].to(self.device)
-                first, second = self.extractor(batch)
-                pooled.append(first.float().cpu().numpy())
-                logits.append(second.float().cpu().numpy())
-                if on_progress is not None:
-                    on_progress(min(start + self.batch_images, len(images)))
-        return FeatureSet(pooled=np.concatenate(pooled), logits=np.concatenate(logits))
-
-    def _cache_file(self, images: Tensor) -> Path | None:
-        if self.cache_path is None:
-            return None
-        key = hashlib.sha256(self.identity.encode())
-        key.update(str(tuple(images.shape)).encode())
-        key.update(images.contiguous().cpu().numpy().tobytes())
-        return self.cache_path / f"{key.hexdigest()}.npz"
+        batches = [self.extractor(part.to(self.device)) for part in images.split(self.batch_images)]
+        pooled, logits = (
+            torch.cat(parts).float().cpu().numpy() for parts in zip(*batches, strict=True)
+        )
+        return FeatureSet(pooled=pooled, logits=logits)
 
 
 def build_features(
@@ -190,7 +160,6 @@ def build_features(
     feature_px: int = 224,
     batch_images: int = 64,
     device: torch.device | str = "cpu",
-    cache_path: Path | None = None,
 ) -> Features:
     """Make the extractor that the configuration names.
 
@@ -200,7 +169,6 @@ def build_features(
         feature_px: Input side for efficientnet-lite0, pixels.
         batch_images: Images per forward pass.
         device: Where to compute.
-        cache_path: Folder of the feature cache, or None.
 
     Raises:
         FileNotFoundError: If the weights file does not exist.
@@ -234,7 +202,6 @@ def build_features(
         identity=f"{name}:{size}px:{file_sha256(weights_path)}",
         batch_images=batch_images,
         device=device,
-        cache_path=cache_path,
     )
 
 
@@ -242,11 +209,3 @@ def file_sha256(path: Path) -> str:
     """Digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _save_atomically(path: Path, features: FeatureSet) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        np.savez(file, pooled=features.pooled, logits=features.logits)
-    partial.replace(path)

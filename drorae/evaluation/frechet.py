@@ -1,7 +1,8 @@
 """Distances between feature sets: Frechet, KID, precision and recall, Inception-like score.
 
-The numbers come from torch-fidelity's own functions, applied to features that were computed once;
-only the Frechet distance does not: there torch-fidelity takes the eigenvalues of a non-symmetric
+KID and the score come from torch-fidelity's own functions, applied to features that were computed
+once; precision and recall from `neighbours`, in bounded memory. For the Frechet distance
+torch-fidelity takes the eigenvalues of a non-symmetric
 product, several times slower and a place where BLAS and SciPy builds have been wrong. Here it comes
 from a symmetric eigendecomposition in float64, and torch-fidelity's value is the cross-check that
 must agree, once per evaluation. With fewer images than feature dimensions the covariances are
@@ -15,17 +16,19 @@ import torch
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 
 from drorae.evaluation.features import FeatureSet
+from drorae.evaluation.neighbours import neighbour_radii, precision_and_recall
 
 __all__ = [
     "Gaussian",
+    "Reference",
     "SetMetrics",
     "cross_checked",
     "distances",
     "fit_gaussian",
     "frechet_distance",
+    "reference_of",
     "symmetric_root",
 ]
 
@@ -36,6 +39,7 @@ Square roots of the near-zero eigenvalues of a singular product amplify float64 
 1e-8 each."""
 NUM_KID_SUBSETS = 50
 PRC_NEIGHBOURS = 3  # Kynkaanniemi et al. 2019
+BLOCK_ROWS = 4096  # 64 MB of float64 at 2,048 dimensions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +48,20 @@ class Gaussian:
 
     mean: np.ndarray
     covariance: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """The photos that every set is compared with; what is needed of them, computed once."""
+
+    pooled: np.ndarray
+    """Features, float32 [N, D]."""
+    gaussian: Gaussian
+    """Their mean and covariance."""
+    root: np.ndarray
+    """Square root of the covariance."""
+    radii: np.ndarray
+    """Distance of each to its third neighbour, float32 [N]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +92,7 @@ class SetMetrics:
 
 
 def fit_gaussian(features: np.ndarray) -> Gaussian:
-    """Mean, covariance and its square root in float64.
+    """Mean and covariance in float64, a block of rows at a time.
 
     Raises:
         ValueError: With fewer than two rows.
@@ -83,8 +101,23 @@ def fit_gaussian(features: np.ndarray) -> Gaussian:
         raise ValueError(
             f"Frechet statistics got shape {features.shape}: expected at least 2 rows."
         )
-    rows = features.astype(np.float64)
-    return Gaussian(mean=rows.mean(axis=0), covariance=np.cov(rows, rowvar=False))
+    mean = features.mean(axis=0, dtype=np.float64)
+    total = np.zeros((features.shape[1],) * 2)
+    for start in range(0, len(features), BLOCK_ROWS):
+        centred = features[start : start + BLOCK_ROWS] - mean
+        total += centred.T @ centred
+    return Gaussian(mean=mean, covariance=total / (len(features) - 1))
+
+
+def reference_of(pooled: np.ndarray, device: torch.device | str = "cpu") -> Reference:
+    """Everything about the reference photos that does not depend on what is compared with them."""
+    gaussian = fit_gaussian(pooled)
+    return Reference(
+        pooled=pooled,
+        gaussian=gaussian,
+        root=symmetric_root(gaussian.covariance),
+        radii=neighbour_radii(pooled, _neighbours(pooled), device),
+    )
 
 
 def symmetric_root(covariance: np.ndarray) -> np.ndarray:
@@ -134,52 +167,56 @@ def cross_checked(value: float, first: Gaussian, second: Gaussian) -> float:
 
 def distances(
     samples: FeatureSet,
-    reference: FeatureSet,
+    reference: Reference,
     *,
     kid_subset: int,
     isc_splits: int = 10,
-    reference_gaussian: Gaussian | None = None,
-    reference_root: np.ndarray | None = None,
     cross_check: bool = True,
+    device: torch.device | str = "cpu",
 ) -> SetMetrics:
     """Compare a set of images with the reference set.
 
+    Beside both sets' features it needs 300 MB at 2,048 dimensions, and 24 bytes a logit for the
+    score; time grows with images of the set times images of both.
+
     Args:
         samples: Features of generated or reconstructed images.
-        reference: Features of the reference photos.
+        reference: The reference photos.
         kid_subset: Images per KID subset; cut to the smaller set.
         isc_splits: Splits of the score; cut so that a split has at least 2 images.
-        reference_gaussian: `fit_gaussian(reference.pooled)` when it is already known.
-        reference_root: `symmetric_root` of its covariance when it is already known.
         cross_check: Compare the Frechet distance with torch-fidelity's.
+        device: Where neighbours are searched.
     """
-    gaussian = fit_gaussian(samples.pooled)
-    target = reference_gaussian or fit_gaussian(reference.pooled)
-    fd = frechet_distance(gaussian, target, reference_root)
-    pooled, real = torch.from_numpy(samples.pooled), torch.from_numpy(reference.pooled)
+    gaussian, target = fit_gaussian(samples.pooled), reference.gaussian
+    fd = frechet_distance(gaussian, target, reference.root)
+    count = len(samples.pooled)
     kid = kid_features_to_metric(
-        pooled,
-        real,
+        torch.from_numpy(samples.pooled),
+        torch.from_numpy(reference.pooled),
         kid_subsets=NUM_KID_SUBSETS,
-        kid_subset_size=min(kid_subset, len(pooled), len(real)),
+        kid_subset_size=min(kid_subset, count, len(reference.pooled)),
         verbose=False,
     )
-    prc = prc_features_to_metric(
-        pooled, real, prc_neighborhood=_neighbours(len(pooled), len(real)), verbose=False
+    precision, recall = precision_and_recall(
+        samples.pooled,
+        neighbour_radii(samples.pooled, _neighbours(samples.pooled), device),
+        reference.pooled,
+        reference.radii,
+        device,
     )
-    splits = max(1, min(isc_splits, len(pooled) // 2))
+    splits = max(1, min(isc_splits, count // 2))
     score = isc_features_to_metric(torch.from_numpy(samples.logits), splits)
     return SetMetrics(
         fd=fd,
         fd_torch_fidelity=cross_checked(fd, gaussian, target) if cross_check else None,
         kid=kid["kernel_inception_distance_mean"],
         kid_std=kid["kernel_inception_distance_std"],
-        precision=prc["precision"],
-        recall=prc["recall"],
+        precision=precision,
+        recall=recall,
         score=score["inception_score_mean"],
-        num_images=len(pooled),
+        num_images=count,
     )
 
 
-def _neighbours(first: int, second: int) -> int:
-    return max(1, min(PRC_NEIGHBOURS, first - 1, second - 1))
+def _neighbours(features: np.ndarray) -> int:
+    return max(1, min(PRC_NEIGHBOURS, len(features) - 1))

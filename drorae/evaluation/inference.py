@@ -27,6 +27,7 @@ from drorae.models.dit import DiT
 from drorae.models.encoder import Encoder
 from drorae.models.fusion import FusionConfig, FusionOutput
 from drorae.models.layers import map_to_tokens
+from drorae.models.matmul import NumberFormat, number_format
 from drorae.shapes import Float, Int, Tensor, UInt8
 
 __all__ = [
@@ -66,6 +67,8 @@ class Tokenizer:
     decoders: dict[str, Decoder]
     """By stage name."""
     device: torch.device
+    precision: NumberFormat = "float32"
+    """Of encoder, fusion and decoders."""
 
     @property
     def image_px(self) -> int:
@@ -75,13 +78,14 @@ class Tokenizer:
     @torch.no_grad()
     def encode(self, images: UInt8[Tensor, "batch 3 height width"]) -> FusionOutput:
         """Latents of images; `base` of the result is RAE's latent."""
-        return self.fusion(self.encoder(to_unit(images).to(self.device)))
+        with number_format(self.precision, self.device.type):
+            return self.fusion(self.encoder(to_unit(images.to(self.device))))
 
     @torch.no_grad()
     def decode(
         self, tokens: Float[Tensor, "batch tokens dim"], stage: str
     ) -> UInt8[Tensor, "batch 3 height width"]:
-        """Images from latents by the decoder of a stage.
+        """Images from latents by the decoder of a stage; they stay on the device.
 
         Raises:
             ValueError: If that decoder was not loaded.
@@ -92,7 +96,8 @@ class Tokenizer:
                 f"{sorted(self.decoders)}; "
                 "run that stage first."
             )
-        return to_uint8(self.decoders[stage](tokens.to(self.device))).cpu()
+        with number_format(self.precision, self.device.type):
+            return to_uint8(self.decoders[stage](tokens.to(self.device)).float())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +114,8 @@ class Generator:
     """What the network's output means."""
     guide_prediction: Prediction = "velocity"
     """What the guide's output means."""
+    precision: NumberFormat = "float32"
+    """Of model and guide; the solver's own sums are float32."""
 
     @property
     def num_classes(self) -> int:
@@ -156,7 +163,8 @@ class Generator:
         def step_noise(step: int) -> Tensor:
             return sample_noise(seed, indices, shape, f"sample/{step}")
 
-        clean = _solve(velocity, noise, grid, settings, step_noise)
+        with number_format(self.precision, self.device.type):
+            clean = _solve(velocity, noise, grid, settings, step_noise)
         return map_to_tokens(denormalise_latent(clean, self.mean, self.var))
 
     def _velocity(self, labels: Int[Tensor, " batch"], guidance: GuidanceConfig) -> VelocityFn:
@@ -207,7 +215,7 @@ def reconstruct_files(tokenizer: Tokenizer, paths: Sequence[str | Path]) -> np.n
         columns["fusion"] = tokenizer.decode(latents.latent, "decoder")
     if "finetune" in tokenizer.decoders:
         columns["fine-tuned"] = tokenizer.decode(latents.latent, "finetune")
-    tiles = [to_hwc(images.numpy()) for images in columns.values()]
+    tiles = [to_hwc(images.cpu().numpy()) for images in columns.values()]
     rows = [np.stack([column[i] for column in tiles]) for i in range(len(paths))]
     names = [Path(path).name for path in paths]
     return image_grid(rows, row_labels=names, column_labels=list(columns))
@@ -226,7 +234,8 @@ def sample_images(
     """Draw images of one class; image i depends on (seed, label, i) alone."""
     labels = torch.full((num_images,), label, dtype=torch.int64)
     indices = [label + generator.num_classes * i for i in range(num_images)]
-    return tokenizer.decode(generator.sample(labels, indices, settings, seed), decoder_stage)
+    latents = generator.sample(labels, indices, settings, seed)
+    return tokenizer.decode(latents, decoder_stage).cpu()
 
 
 def _read_square(path: Path, side_px: int) -> UInt8[Tensor, "3 height width"]:

@@ -101,12 +101,12 @@ def _angles(latents: FusionOutput, beta: float) -> dict[str, Any]:
 
 
 def _spectra(tokenizer: Tokenizer, images: Tensor, latents: FusionOutput) -> dict[str, Any]:
-    photos = to_unit(images)
+    photos = to_unit(images.to(tokenizer.device))
     return {
         model: radial_spectrum_difference(
             photos, to_unit(tokenizer.decode(getattr(latents, which), stage))
         )
-        for model, (which, stage) in model_latents(tokenizer).items()
+        for model, (which, stage) in model_latents(tokenizer.decoders).items()
     }
 
 

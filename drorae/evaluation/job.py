@@ -64,10 +64,15 @@ class EvaluateJob:
     isc_splits: int = 10
     """Splits of the Inception-Score-like number. 10 is customary; it needs many images per
     split."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Number format of matrix products in encoder, decoders and generator; features and LPIPS are
+    always float32. RAE measures in TF32."""
     batch_images: int = 64
     """Images per forward pass. Changes speed and memory only."""
     chunk_samples: int = 64
     """Generated images per sampling task: the unit that is redone after a failure."""
+    chunk_photos: int = 1000
+    """Photos per task, held-out or training ones: the unit that is redone after a failure."""
     bootstrap_replicates: int = 2000
     """Resamples of the image ids behind each 95 % interval."""
     lpips_net: Literal["vgg", "alex"] = "vgg"
@@ -85,7 +90,9 @@ class EvaluateJob:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("num_samples", "kid_subset", "isc_splits", "batch_images", "chunk_samples"):
+        for name in ("num_samples", "kid_subset", "isc_splits"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("batch_images", "chunk_samples", "chunk_photos"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("num_grid_images", "num_grid_classes", "num_diagnostic_images"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")

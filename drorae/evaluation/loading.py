@@ -15,6 +15,7 @@ from drorae.models.decoder import Decoder, DecoderConfig
 from drorae.models.dit import DiT, DiTConfig
 from drorae.models.encoder import EncoderConfig, build_encoder
 from drorae.models.fusion import FusionConfig, build_fusion
+from drorae.models.matmul import NumberFormat
 from drorae.store.workspace import StageOutput
 
 __all__ = ["load_generator", "load_tokenizer"]
@@ -27,6 +28,7 @@ def load_tokenizer(
     *,
     device: torch.device | str = "cpu",
     encoder: EncoderConfig | None = None,
+    precision: NumberFormat = "float32",
 ) -> Tokenizer:
     """Build the tokenizer from finished stages.
 
@@ -35,6 +37,7 @@ def load_tokenizer(
         device: Where the networks go.
         encoder: Configuration of the encoder; the one that the fusion was trained with unless
             given.
+        precision: Number format of matrix products.
 
     Raises:
         ValueError: If a needed stage is missing.
@@ -62,11 +65,15 @@ def load_tokenizer(
         fusion_config=fusion_config,
         decoders={stage: _load_decoder(outputs[stage], device) for stage in stages},
         device=device,
+        precision=precision,
     )
 
 
 def load_generator(
-    outputs: Mapping[str, StageOutput], *, device: torch.device | str = "cpu"
+    outputs: Mapping[str, StageOutput],
+    *,
+    device: torch.device | str = "cpu",
+    precision: NumberFormat = "float32",
 ) -> Generator:
     """Build the generator (EMA weights) from the stages diffusion, latents and, if present, guide.
 
@@ -91,6 +98,7 @@ def load_generator(
         device=device,
         prediction=_prediction(outputs["diffusion"]),
         guide_prediction=_prediction(outputs["guide"]) if guide is not None else "velocity",
+        precision=precision,
     )
 
 

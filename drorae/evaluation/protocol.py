@@ -54,7 +54,9 @@ def protocol(
         "uint8_policy": "clamp to [0, 1], times 255, truncated",
         "reference": "held-out photos of the shard stage, ids 0 to num_val_images - 1",
         "lpips_net": evaluate.lpips_net,
-        "dtype": "float32 networks, float64 statistics",
+        "precision": evaluate.precision,
+        "dtype": f"{evaluate.precision} encoder, decoders and generator, float32 features and "
+        "LPIPS, float64 statistics",
         "bootstrap_replicates": evaluate.bootstrap_replicates,
         "input_keys": dict(input_keys),
         "caveats": caveats(evaluate, encoder, num_val_images),

@@ -1,57 +1,44 @@
 """Entry functions of the `evaluate` and `report` stages: what the stage table names.
 
 `run_evaluate` measures reconstruction, generation and the inside of the fusion, and writes
-metrics.json, per_image.parquet and grids/*.png. `run_report` arranges finished stages on one HTML
-page and computes nothing new.
+metrics.json, per_image.parquet and grids/*.png. The work is done by actors (`workers`) in tasks
+(`tasks`); this process hands them out and puts the results together. It loads no network and holds
+no images beside those that are shown; its memory grows by 16 bytes per held-out photo and model.
+`run_report` arranges finished stages on one HTML page and computes nothing new.
 """
 
+import functools
 import io
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 
-from drorae.data.assets import asset_path
-from drorae.data.images import ImageShards
-from drorae.data.shard_map import Executor
-from drorae.evaluation.features import Features, build_features
-from drorae.evaluation.generation import (
-    SampleSets,
-    class_rows,
-    draw_samples,
-    measure_sets,
-    photo_features,
-)
+from drorae.data.shard_map import Executor, map_shards
 from drorae.evaluation.grids import image_grid, png_bytes, to_hwc
-from drorae.evaluation.inference import Tokenizer
-from drorae.evaluation.inspection import Inspection, inspect_tokenizer
 from drorae.evaluation.job import EvaluateJob, ReportJob
-from drorae.evaluation.loading import load_generator, load_tokenizer
 from drorae.evaluation.protocol import protocol
 from drorae.evaluation.reconstruction import (
     Reconstructions,
+    join_chunks,
+    model_latents,
     per_image_table,
-    reconstruct_photos,
     summarise,
 )
 from drorae.evaluation.report import render
 from drorae.evaluation.report_data import collect
-from drorae.evaluation.sampling import WorkerInputs
-from drorae.losses.perceptual import load_perceptual
-from drorae.models.encoder import EncoderConfig
-from drorae.shapes import Tensor
+from drorae.evaluation.stored import read_arrays, values_uri
+from drorae.evaluation.tasks import PHOTOS, Extent, image_tasks, measure_tasks
+from drorae.evaluation.workers import ImageWorker, MeasureWorker
+from drorae.models.encoder_config import EncoderConfig
 from drorae.store.context import StageContext, StageResult
 from drorae.store.files import FileEntry
 from drorae.tracking import connect
 
 __all__ = ["run_evaluate", "run_report"]
-
-MODEL_STAGES = ("decoder", "fusion", "finetune", "control", "latents", "diffusion", "guide")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,11 +49,8 @@ class _Run:
     evaluate: EvaluateJob
     encoder: EncoderConfig
     seed: int
-    tokenizer: Tokenizer
-    photos: ImageShards
-    num_val_images: int
-    features: Features
-    lpips: Callable[[Tensor, Tensor], Tensor]
+    extent: Extent
+    executor: Executor | None
 
 
 def run_evaluate(
@@ -81,39 +65,29 @@ def run_evaluate(
 
     Args:
         ctx: The stage; inputs are shard, decoder, fusion, finetune, latents, diffusion, guide and
-            perhaps control.
+            perhaps control. Finished tasks under its work folder are not done again.
         seed: Seed of noise, untrained network, bootstrap and perturbations.
         encoder: The frozen encoder.
         evaluate: What to measure.
-        executor: Who runs the sampling tasks; Ray Data unless given.
+        executor: Who runs the tasks; Ray Data unless given.
+
+    Raises:
+        ValueError: More held-out photos are asked for than there are.
     """
-    torch.set_num_threads(ctx.compute.threads_per_worker)
-    run = _prepare(ctx, seed, encoder, evaluate)
-    found = reconstruct_photos(
-        run.tokenizer,
-        run.photos,
-        num_images=run.num_val_images,
-        batch_images=evaluate.batch_images,
-        num_examples=evaluate.num_grid_images,
-        lpips=run.lpips,
-        features=run.features.of,
-        on_progress=lambda done: ctx.progress(
-            done, run.num_val_images, "images", message="reconstructing held-out photos"
-        ),
-    )
-    samples = _sample(run, executor)
-    generation = _measure_generation(run, found, samples)
-    inspection = inspect_tokenizer(
-        run.tokenizer,
-        load_generator(ctx.inputs, device=run.tokenizer.device),
-        run.photos,
-        num_images=evaluate.num_diagnostic_images,
-        lpips=run.lpips,
+    run = _Run(
+        ctx=ctx,
+        evaluate=evaluate,
+        encoder=encoder,
         seed=seed,
+        extent=_extent(ctx, evaluate),
+        executor=executor,
     )
-    metrics = _metrics(run, found, generation, inspection)
-    pictures = _pictures(run, found, samples, inspection)
-    return _write(ctx, metrics, pictures, found)
+    made = _make_pictures(run)
+    generation = _measure(run)
+    starts = range(0, run.extent.num_photos, evaluate.chunk_photos)
+    found = join_chunks([read_arrays(values_uri(ctx.work_uri, PHOTOS, s)) for s in starts])
+    metrics = _metrics(run, found, generation, made)
+    return _write(ctx, metrics, _pictures(run, found, made["inspect"]["has_routing"]), found)
 
 
 def run_report(ctx: StageContext, *, recipe: str, report: ReportJob) -> StageResult:
@@ -139,93 +113,71 @@ def run_report(ctx: StageContext, *, recipe: str, report: ReportJob) -> StageRes
     return StageResult(files=[entry], metrics={"report/size_bytes": float(entry.size_bytes)})
 
 
-def _prepare(ctx: StageContext, seed: int, encoder: EncoderConfig, evaluate: EvaluateJob) -> _Run:
-    device = torch.device(ctx.compute.device_type)
-    photos = ImageShards(ctx.inputs["shard"], "val")
-    wanted = evaluate.num_val_images or len(photos)
-    if wanted > len(photos):
+def _extent(ctx: StageContext, evaluate: EvaluateJob) -> Extent:
+    counts = ctx.inputs["shard"].read_json("counts.json")
+    held_out, train = int(counts["val"]["rows"]), int(counts["train"]["rows"])
+    wanted = evaluate.num_val_images or held_out
+    if wanted > held_out:
         raise ValueError(
-            f"evaluate.num_val_images={wanted} exceeds the {len(photos)} held-out photos: use at "
+            f"evaluate.num_val_images={wanted} exceeds the {held_out} held-out photos: use at "
             "most that many, or 0 for all."
         )
-    own = evaluate.feature_extractor == "efficientnet-lite0"
-    weights = asset_path("efficientnet-lite0") if own else Path(evaluate.inception_weights_path)
-    features = build_features(
-        evaluate.feature_extractor,
-        weights,
-        feature_px=evaluate.feature_px,
-        batch_images=evaluate.batch_images,
-        device=device,
-        cache_path=Path(ctx.compute.cache_path) / "features" if ctx.compute.cache_path else None,
-    )
-    return _Run(
-        ctx=ctx,
-        evaluate=evaluate,
-        encoder=encoder,
-        seed=seed,
-        tokenizer=load_tokenizer(ctx.inputs, device=device, encoder=encoder),
-        photos=photos,
-        num_val_images=wanted,
-        features=features,
-        lpips=load_perceptual(asset_path(f"lpips-{evaluate.lpips_net}")).to(device),
+    return Extent(
+        num_photos=wanted,
+        num_real=min(evaluate.num_samples, train),
+        models=tuple(model_latents(ctx.inputs)),
     )
 
 
-def _sample(run: _Run, executor: Executor | None) -> SampleSets:
-    ctx, evaluate = run.ctx, run.evaluate
-    classes = int(ctx.inputs["diffusion"].read_json("config.json")["model"]["num_classes"])
-    inputs = WorkerInputs(
-        outputs={name: ctx.inputs[name] for name in MODEL_STAGES if name in ctx.inputs},
-        encoder=run.encoder,
-        evaluate=evaluate,
-        seed=run.seed,
+def _make_pictures(run: _Run) -> dict[str, dict[str, Any]]:
+    """Results of all tasks that make pictures, by their names."""
+    ctx, tasks = run.ctx, image_tasks(run.evaluate, run.extent)
+    results = map_shards(
+        tasks,
+        functools.partial(ImageWorker, ctx, run.encoder, run.evaluate, run.seed),
         work_uri=ctx.work_uri,
-        use_gpu=ctx.compute.use_gpu,
-    )
-    return draw_samples(
-        ctx,
-        inputs,
-        features=run.features.of,
-        num_examples=classes * evaluate.num_grid_images,
+        compute=ctx.compute,
         on_progress=lambda done, total: ctx.progress(
-            done, total, "chunks", message="drawing samples"
+            done, total, "passes", message="reconstructing photos and drawing samples"
         ),
-        executor=executor,
+        worker=ctx.workers,
+        executor=run.executor,
     )
+    return {task.name: result for task, result in zip(tasks, results, strict=True)}
 
 
-def _measure_generation(
-    run: _Run, found: Reconstructions, samples: SampleSets
-) -> dict[str, dict[str, Any]]:
-    evaluate = run.evaluate
-    train = ImageShards(run.ctx.inputs["shard"], "train")
-    count = min(evaluate.num_samples, len(train))
-    drawn_by = "finetune" if evaluate.decoder_for_samples == "finetune" else "fusion"
-    sets = dict(samples.features)
-    sets |= {f"photos/{model}": features for model, features in found.features.items()}
-    sets["reconstruction"] = found.features[drawn_by].head(evaluate.num_samples)
-    sets["real"] = photo_features(train, count, evaluate.batch_images, run.features.of)
-    decoders = {
-        name: name.partition("@")[2] or evaluate.decoder_for_samples for name in samples.features
-    }
-    decoders["reconstruction"] = evaluate.decoder_for_samples
-    return measure_sets(
-        sets,
-        found.photo_features,
-        kid_subset=evaluate.kid_subset,
-        isc_splits=evaluate.isc_splits,
-        decoders=decoders,
-        on_progress=lambda done: run.ctx.progress(
-            done, len(sets), "sets", message="measuring distances"
+def _measure(run: _Run) -> dict[str, dict[str, Any]]:
+    """Distances of every set from the reference photos, by set."""
+    ctx, tasks = run.ctx, measure_tasks(run.evaluate, run.extent)
+    results = map_shards(
+        tasks,
+        functools.partial(MeasureWorker, ctx, run.evaluate, run.extent),
+        work_uri=ctx.work_uri,
+        compute=ctx.compute,
+        on_progress=lambda done, total: ctx.progress(
+            done, total, "sets", message="measuring distances"
         ),
+        worker=ctx.workers,
+        executor=run.executor,
     )
+    return {task.payload["set"]: result for task, result in zip(tasks, results, strict=True)}
+
+
+def _feature_identity(made: dict[str, dict[str, Any]]) -> str:
+    found = {result["feature_identity"] for result in made.values() if "feature_identity" in result}
+    if len(found) > 1:
+        raise RuntimeError(
+            f"actors computed features with different weights, {sorted(found)}: expected one file "
+            "on all machines; install the same assets everywhere and run again."
+        )
+    return found.pop()
 
 
 def _metrics(
     run: _Run,
     found: Reconstructions,
     generation: dict[str, dict[str, Any]],
-    inspection: Inspection,
+    made: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     evaluate = run.evaluate
     means, differences = summarise(found, replicates=evaluate.bootstrap_replicates, seed=run.seed)
@@ -242,40 +194,46 @@ def _metrics(
             for pair, columns in differences.items()
         },
         "generation": generation,
-        "diagnostics": inspection.report,
+        "diagnostics": made["inspect"]["report"],
         "meta": protocol(
             evaluate,
             run.encoder,
             seed=run.seed,
-            num_val_images=run.num_val_images,
-            feature_identity=run.features.identity,
+            num_val_images=run.extent.num_photos,
+            feature_identity=_feature_identity(made),
             input_keys={name: output.key for name, output in run.ctx.inputs.items()},
         ),
     }
 
 
-def _pictures(
-    run: _Run, found: Reconstructions, samples: SampleSets, inspection: Inspection
-) -> dict[str, np.ndarray]:
-    evaluate = run.evaluate
-    names = list(found.examples)
-    pictures = {
-        "reconstruction": image_grid(
-            [to_hwc(found.examples[name]) for name in names], row_labels=names
-        )
-    }
+def _pictures(run: _Run, found: Reconstructions, has_routing: bool) -> dict[str, np.ndarray]:
+    evaluate, work_uri = run.evaluate, run.ctx.work_uri
+    rows = [to_hwc(images) for images in found.shown.values()]
+    pictures = {"reconstruction": image_grid(rows, row_labels=list(found.shown))}
     class_names = run.ctx.inputs["shard"].read_json("counts.json")["class_names"]
     config = run.ctx.inputs["diffusion"].read_json("config.json")["model"]
     classes = int(config["num_classes"])
-    shown = range(min(evaluate.num_grid_classes, classes))
-    for name, images in samples.examples.items():
-        if "@" not in name:
-            rows = class_rows(to_hwc(images), classes, shown, evaluate.num_grid_images)
-            labels = [str(class_names[i]) if i < len(class_names) else str(i) for i in shown]
-            pictures[f"samples-{name}"] = image_grid(rows, row_labels=labels)
-    if inspection.routing is not None:
-        pictures["routing"] = inspection.routing
+    for guidance in evaluate.guidances:
+        images = _samples_by_class(run, guidance, classes)
+        labels = [str(class_names[i]) if i < len(class_names) else str(i) for i in images]
+        pictures[f"samples-{guidance}"] = image_grid(list(images.values()), row_labels=labels)
+    if has_routing:
+        pictures["routing"] = read_arrays(values_uri(work_uri, "routing", 0))["picture"]
     return pictures
+
+
+def _samples_by_class(run: _Run, guidance: str, classes: int) -> dict[int, np.ndarray]:
+    """Pictures that are shown, [N, H, W, 3] by class; only the first chunks hold any."""
+    evaluate = run.evaluate
+    last = min(evaluate.num_samples, classes * evaluate.num_grid_images)
+    chunks = [
+        read_arrays(values_uri(run.ctx.work_uri, guidance, start))
+        for start in range(0, last, evaluate.chunk_samples)
+    ]
+    index = np.concatenate([chunk["index"] for chunk in chunks])
+    images = to_hwc(np.concatenate([chunk["images"] for chunk in chunks]))
+    shown = range(min(evaluate.num_grid_classes, classes))
+    return {label: images[index % classes == label] for label in shown}
 
 
 def _write(

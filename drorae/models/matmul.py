@@ -10,7 +10,9 @@ Trade-off: oneDNN's product is an internal operator of PyTorch (`mkldnn::_linear
 for torch.compile); a build without it takes the ordinary path.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,18 @@ from torch import nn
 
 from drorae.shapes import Float, Tensor
 
-__all__ = ["Linear", "batched_product", "linear", "suits_onednn", "use_faster_products"]
+__all__ = [
+    "Linear",
+    "NumberFormat",
+    "batched_product",
+    "linear",
+    "number_format",
+    "suits_onednn",
+    "use_faster_products",
+]
+
+NumberFormat = Literal["float32", "tf32", "bfloat16"]
+"""Of the factors of matrix products and convolutions; sums are float32."""
 
 MIN_MULTIPLICATIONS = 1 << 20  # below, the call itself costs more than the faster kernel saves
 
@@ -101,6 +114,24 @@ def suits_onednn(first: Tensor, second: Tensor, multiplications: int) -> bool:
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+
+
+@contextmanager
+def number_format(precision: NumberFormat, device_type: str) -> Iterator[None]:
+    """Compute products and convolutions in a format meanwhile; what was set before comes back.
+
+    `tf32` uses a GPU's TF32 units and is float32 elsewhere; `bfloat16` is autocast, in which what
+    autocast leaves out may use TF32.
+    """
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "float32"
+    try:
+        with torch.autocast(device_type, torch.bfloat16, enabled=precision == "bfloat16"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 class _OneDnnLinear(torch.autograd.Function):

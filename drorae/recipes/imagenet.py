@@ -153,7 +153,7 @@ def _shared(*, num_gpus: int, batch_images: int = 256) -> dict[str, Any]:
     their number: `--set compute.num_workers=N`.
     """
     return {
-        "latents": LatentJob(batch_images=batch_images, flip=True),
+        "latents": LatentJob(batch_images=batch_images, flip=True, precision="tf32"),
         "compute": Compute(
             num_workers=num_gpus,
             threads_per_worker=8,

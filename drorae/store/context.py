@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from drorae.config import Compute
+from drorae.config import ACCELERATED, Compute, Resources
 from drorae.store import files
 from drorae.store.files import FileEntry, join
 from drorae.store.manifest import MANIFEST_NAME
@@ -52,6 +52,8 @@ class StageContext:
     """Committed outputs that the stage reads, by stage name."""
     compute: Compute = field(default_factory=Compute)
     """How to run: workers, threads, intervals. The result does not depend on it."""
+    workers: Resources = ACCELERATED
+    """What one worker or actor of the stage takes of a cluster."""
     tracking_uri: str | None = None
     """MLflow address; None for no tracking."""
     tracking_run_id: str | None = None

@@ -24,7 +24,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.placement_group import get_current_placement_group
 
 from drorae.checkpoint import newest_step
-from drorae.config import Compute, from_json, to_json
+from drorae.config import Compute, Resources, from_json, to_json
 from drorae.data.ray_session import connect_ray
 from drorae.store import files
 from drorae.store.context import StageContext, StageResult
@@ -152,7 +152,7 @@ def _trainer(
             num_workers=elastic if compute.min_workers else compute.num_workers,
             elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
             use_gpu=compute.use_gpu,
-            resources_per_worker={"CPU": 1.0} | ({"GPU": 1.0} if compute.use_gpu else {}),
+            resources_per_worker=_resources(ctx.workers, compute.use_gpu),
         ),
         run_config=RunConfig(
             name=f"{ctx.stage}-{ctx.key}-a{ctx.attempt}-{restart}",
@@ -164,6 +164,13 @@ def _trainer(
                 controller_failure_limit=-1,
             ),
         ),
+    )
+
+
+def _resources(worker: Resources, use_gpu: bool) -> dict[str, float]:
+    named = {"CPU": worker.cpus, "memory": worker.memory_bytes}
+    return {name: value for name, value in named.items() if value} | (
+        {"GPU": worker.gpus} if use_gpu else {}
     )
 
 
@@ -203,6 +210,7 @@ def _worker(config: dict[str, Any]) -> None:
         world_size=context.get_world_size(),
         # Ray's answer follows what was asked of Ray, not where the arithmetic runs.
         device=get_device() if ctx.compute.device_type == "cuda" else torch.device("cpu"),
+        is_on_one_machine=context.get_local_world_size() == context.get_world_size(),
     )
     folder_uri = start_group(_ranks_uri(ctx), _group_name(), world.rank, world.world_size)
     watchdog = Watchdog(

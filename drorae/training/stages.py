@@ -15,11 +15,12 @@ from torch import nn
 from drorae.checkpoint import TrainingCheckpoints, load_weights, weights_bytes
 from drorae.config import from_json, to_json
 from drorae.data.assets import asset_path
-from drorae.data.hidden_states import HiddenStates, hidden_cache_path, hidden_in_step
+from drorae.data.hidden_states import HiddenStates, check_kept, hidden_cache_path, hidden_in_step
 from drorae.data.images import ImageShards
 from drorae.data.latent_shards import LatentShards
 from drorae.data.loaders import Delivery, crop_batches, latent_batches, tokenizer_batches
 from drorae.data.random_crops import RandomCrops
+from drorae.data.shard_cache import node_cache
 from drorae.losses.perceptual import load_perceptual
 from drorae.models.decoder import Decoder, DecoderConfig
 from drorae.models.discriminator import build_discriminator
@@ -186,7 +187,7 @@ def _train_decoder_on(
 def _train_dit(ctx: StageContext, world: World, *, seed: int, job: DiffusionStage) -> StageResult:
     torch.manual_seed(seed)
     world.local_batch(job.batch_images, f"{ctx.stage}.batch_images", ctx.compute.accumulate_steps)
-    latents = LatentShards(ctx.inputs["latents"], cache_path=ctx.compute.cache_path or None)
+    latents = LatentShards(ctx.inputs["latents"], cache=node_cache(ctx.compute))
     model = DiT(job.model)
     # A setting of the process, which trains this stage only.
     torch.set_float32_matmul_precision("high" if job.precision == "tf32" else "highest")
@@ -271,7 +272,9 @@ def _run_phase(
     # A setting of the process, which trains this stage only.
     torch.set_float32_matmul_precision("highest" if job.precision == "float32" else "high")
     encoder = encoder.to(world.device)
-    train, held_out = (_hidden_states(ctx, split, encoder, job) for split in ("train", "val"))
+    train, held_out = (
+        _hidden_states(ctx, world, split, encoder, job) for split in ("train", "val")
+    )
     job = in_steps(job, len(train))
     train.fill(rank=world.rank, world_size=world.world_size, on_progress=_fill_progress(ctx, world))
     show = reconstruction_evaluator(phase, held_out)
@@ -300,18 +303,21 @@ def _tokenizer_batches(
     """Batches from a step on: random crops, or the stored squares with their hidden states."""
     delivery = _delivery(ctx, job, world, seed)
     if job.view == "random_crop":
-        crops = RandomCrops(
-            ctx.inputs["shard"], seed=seed, cache_path=ctx.compute.cache_path or None
-        )
+        compute, shard = ctx.compute, ctx.inputs["shard"]
+        cache, threads = node_cache(compute), compute.loader_threads
+        crops = RandomCrops(shard, seed=seed, cache=cache, threads=threads)
         return lambda start: crop_batches(crops, start_step=start, **delivery)
     kept = train if job.hidden_states != "none" else None
     return lambda start: tokenizer_batches(train.shards, kept, start_step=start, **delivery)
 
 
 def _hidden_states(
-    ctx: StageContext, split: str, encoder: Encoder, job: TokenizerTraining
+    ctx: StageContext, world: World, split: str, encoder: Encoder, job: TokenizerTraining
 ) -> HiddenStates:
-    images = ImageShards(ctx.inputs["shard"], split, cache_path=ctx.compute.cache_path or None)
+    cache, threads = node_cache(ctx.compute), ctx.compute.loader_threads
+    images = ImageShards(ctx.inputs["shard"], split, cache=cache, threads=threads)
+    is_shared = world.is_on_one_machine or bool(ctx.compute.cache_path)
+    check_kept(job.hidden_states, len(images), encoder.config, is_shared=is_shared)
     return HiddenStates(images, encoder, job.hidden_states, hidden_cache_path(ctx))
 
 

@@ -27,6 +27,9 @@ class World:
     device: torch.device = CPU
     """Where this process computes."""
 
+    is_on_one_machine: bool = True
+    """Whether all processes run on one machine."""
+
     def __post_init__(self) -> None:
         """Check ranges."""
         if not 0 <= self.rank < self.world_size:

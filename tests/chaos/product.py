@@ -3,7 +3,6 @@
 Jobs are started by the launcher of `drorae run` and repeated as its flow does, without Prefect.
 """
 
-import io
 import json
 import os
 import threading
@@ -13,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save
 
 from drorae.config import Compute, to_json
+from drorae.data.shard_format import part_name, write_index, write_latent_shard
 from drorae.store.context import StageContext, StageResult
 from drorae.store.stage_run import run_once
 from drorae.store.workspace import Workspace
@@ -170,18 +168,16 @@ def write_latents(workspace: Workspace) -> None:
         ctx = StageContext(stage="latents", key=KEY, output_uri=workspace.stage_uri("latents", KEY))
         draw = np.random.default_rng(0)
         values = draw.standard_normal((SAMPLES, CHANNELS, SIDE, SIDE)).astype(np.float16)
-        columns = {
-            "latent": pa.FixedShapeTensorArray.from_numpy_ndarray(values),
-            "label": pa.array(draw.integers(0, CLASSES, SAMPLES)),
-        }
-        buffer = io.BytesIO()
-        pq.write_table(pa.table(columns), buffer)
+        labels = draw.integers(0, CLASSES, SAMPLES)
+        name = part_name("train", 0)
+        part = write_latent_shard(ctx.output_uri, name, {"latent": values}, labels, first_id=0)
         shape = [CHANNELS, SIDE, SIDE]
         stats = {"mean": torch.zeros(shape), "var": torch.ones(shape)}
         counts = {"train": {"rows": SAMPLES, "shards": [SAMPLES]}, "shape": shape, "flip": False}
         return StageResult(
             files=[
-                ctx.put_bytes("train/part-00000.parquet", buffer.getvalue()),
+                part.entry,
+                write_index(ctx.output_uri, "train", [part]),
                 ctx.put_bytes("stats.safetensors", save(stats)),
                 ctx.put_json("counts.json", counts),
             ]

@@ -1,9 +1,11 @@
 import threading
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 
 import pytest
 
+from drorae.config import Resources
 from pipelines import attempt, launch_ray
 from pipelines.attempt import JobError, JobResult, JobSpec
 from pipelines.launch import StageFailed, Stopped
@@ -92,6 +94,18 @@ def test_a_job_is_submitted_under_the_name_of_its_attempt(
     assert variables["AWS_ENDPOINT_URL"] == "http://s3"
     assert variables["DRORAE_RAY_JOB_ID"] == "fusion-abc-a1"
     assert "HOME" not in variables
+
+
+def test_a_driver_takes_what_the_stage_table_says_of_the_head(
+    launcher: RayJobLauncher, cluster: FakeCluster, spec: JobSpec
+) -> None:
+    cluster.on_submit = lambda name: finish(spec, 1, RESULT)
+    run(launcher, replace(spec, driver=Resources(cpus=0.5, memory_bytes=1 << 30)))
+    job = cluster.submitted[0]
+    assert job["entrypoint_num_cpus"] == 0.5
+    assert job["entrypoint_num_gpus"] == 0
+    assert job["entrypoint_memory"] == 1 << 30
+    assert list(job["entrypoint_resources"]) == ["node:__internal_head__"]
 
 
 def test_a_running_job_is_followed_not_started_again(

@@ -62,3 +62,9 @@ def test_a_disabled_stage_has_no_key_and_changes_only_its_users() -> None:
 def test_an_unknown_stage_lists_close_matches() -> None:
     with pytest.raises(ValueError, match="did you mean finetune"):
         stages.find_stage("finetun")
+
+
+@pytest.mark.parametrize("row", stages.STAGES, ids=lambda row: row.name)
+def test_no_driver_needs_a_gpu_and_all_networks_run_on_one(row: Stage) -> None:
+    assert row.driver.gpus == 0
+    assert row.workers.gpus == 0 or row.name != "shard"

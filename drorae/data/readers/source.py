@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from drorae.data.assets.catalog import asset_path
 from drorae.data.readers.candidates import (
@@ -150,18 +151,21 @@ def _list_each(
 
 def _complete(listing: Listing) -> Listing:
     """Sorted by key, and with a class for every candidate."""
-    table = listing.table.take(pc.sort_indices(listing.table["key"]))
-    has_class = pc.not_equal(table["class_name"].cast(pa.string()), "")
+    table = listing.table.sort_by("key").combine_chunks()
+    classes: Any = table["class_name"].combine_chunks()
+    is_named = np.array([name != "" for name in classes.dictionary.to_pylist()], bool)
+    has_class = is_named[classes.indices.to_numpy()]
     rejects = list(listing.rejects)
-    if pc.any(has_class).as_py():
-        left_out = table.filter(pc.invert(has_class))["key"].to_pylist()
+    if has_class.any():
+        left_out = table.filter(pa.array(~has_class))["key"].to_pylist()
         rejects += [(key, "has no label although others have") for key in left_out]
-        table = table.filter(has_class)
+        table = table.filter(pa.array(has_class)).combine_chunks()
     else:
-        everything = pa.array([UNLABELLED] * table.num_rows).dictionary_encode()
+        codes = np.zeros(len(table), np.int32)
+        everything = pa.DictionaryArray.from_arrays(codes, pa.array([UNLABELLED]))
         position = table.schema.get_field_index("class_name")
         table = table.set_column(position, table.schema.field(position), everything)
     names = listing.class_names or tuple(
         sort_class_names(set(table["class_name"].unique().to_pylist()))
     )
-    return Listing(table.combine_chunks(), rejects, names)
+    return Listing(table, rejects, names)

@@ -43,7 +43,8 @@ def list_tar(uri: str, name: str) -> Listing:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for info in archive:
                     _sort_member(archive, info, images, labels)
-                    archive.members = []  # else every header is kept, 2 kB each
+                    # Else every header is kept, 2 kB each.
+                    archive.members = []  # pyright: ignore[reportAttributeAccessIssue]
         except (tarfile.TarError, OSError, EOFError) as error:
             rejects.append((printable(name), f"tar archive is damaged or compressed: {error}"))
     table = listed(

@@ -31,6 +31,8 @@ HEADER = struct.Struct("<4s5H3L2H")
 DESCRIPTOR = struct.Struct("<4sL")
 """Signature and CRC behind a member whose header was written before its content (4.3.9)."""
 
+SIGNATURE, DESCRIPTOR_SIGNATURE = b"PK\x03\x04", b"PK\x07\x08"
+
 NAME_BYTES = 4096
 """Room for the name and the extra field of a member, whose lengths only its header tells."""
 
@@ -105,7 +107,7 @@ def _content(data: bytes | OSError, size_bytes: int) -> bytes:
     """Content of the member whose header is at the start of `data`, checked by its CRC."""
     if isinstance(data, OSError):
         raise BadMember(data.strerror or str(data))
-    if len(data) < HEADER.size or not data.startswith(zipfile.stringFileHeader):
+    if len(data) < HEADER.size or not data.startswith(SIGNATURE):
         raise BadMember("its header is damaged")
     _, _, flags, method, _, _, crc, _, _, name_bytes, extra_bytes = HEADER.unpack_from(data)
     start = HEADER.size + name_bytes + extra_bytes
@@ -118,7 +120,7 @@ def _content(data: bytes | OSError, size_bytes: int) -> bytes:
         raise BadMember("the archive ends early")
     if flags & DESCRIPTOR_FLAG and start + size_bytes + DESCRIPTOR.size <= len(data):
         sign, crc = DESCRIPTOR.unpack_from(data, start + size_bytes)
-        crc = crc if sign == b"PK\x07\x08" else int.from_bytes(sign, "little")
+        crc = crc if sign == DESCRIPTOR_SIGNATURE else int.from_bytes(sign, "little")
     try:
         content = METHODS[method](packed)
     except (zlib.error, OSError, ValueError) as error:

@@ -8,8 +8,15 @@ from torch import nn
 
 from drorae.config import Compute
 from drorae.data import hidden_states
-from drorae.data.hidden_states import HiddenStates, encoder_digest, hidden_cache_path, to_unit
+from drorae.data.hidden_states import (
+    HiddenStates,
+    check_kept,
+    encoder_digest,
+    hidden_cache_path,
+    to_unit,
+)
 from drorae.data.images import ImageShards
+from drorae.models.encoder_config import EncoderConfig
 from drorae.models.random_encoder import build_random_encoder
 
 
@@ -122,3 +129,14 @@ def test_filling_nothing_does_nothing(shards: ImageShards):
     encoder = FakeEncoder()
     HiddenStates(shards, encoder).fill()
     assert encoder.images_seen == 0
+
+
+def test_what_cannot_be_kept_on_disk_is_refused():
+    dino = EncoderConfig(source="x", width=768, depth=12)
+    for mode in ("none", "memory"):
+        check_kept(mode, 10**9, dino, is_shared=False)
+    check_kept("disk", 40_000, dino, is_shared=True)
+    with pytest.raises(ValueError, match=r"would keep 6,046 GB \(1,281,167 images of 4\.7 MB"):
+        check_kept("disk", 1_281_167, dino, is_shared=True)
+    with pytest.raises(ValueError, match=r"compute\.cache_path"):
+        check_kept("disk", 10, dino, is_shared=False)

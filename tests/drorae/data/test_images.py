@@ -5,7 +5,6 @@ import pytest
 from data_fakes import job, make_folder, shard_output
 
 from drorae.data.images import ImageShards
-from drorae.data.unpacked import unpacked
 
 
 @pytest.fixture
@@ -26,20 +25,6 @@ def test_both_ways_of_reading_agree(output):
     assert labels.tolist() == kept.labels[ids].tolist()
 
 
-def test_unpacked_shards_are_reused_and_may_be_deleted(output, tmp_path: Path):
-    cache = tmp_path / "cache"
-    first, _ = ImageShards(output, "val", keep_bytes=0, cache_path=cache).read(np.arange(2))
-    folder = next((cache / "images").iterdir())
-    stamp = folder.stat().st_mtime_ns
-    ImageShards(output, "val", keep_bytes=0, cache_path=cache).read(np.arange(2))
-    assert folder.stat().st_mtime_ns == stamp
-    for file in folder.iterdir():
-        file.unlink()
-    folder.rmdir()
-    again, _ = ImageShards(output, "val", keep_bytes=0, cache_path=cache).read(np.arange(2))
-    assert (first == again).all()
-
-
 def test_split_knows_its_size_and_classes(output):
     shards = ImageShards(output, "val")
     assert len(shards) == output.read_json("counts.json")["val"]["rows"]
@@ -52,23 +37,3 @@ def test_wrong_ids_and_splits_are_told(output):
         ImageShards(output, "train").read(np.array([10_000]))
     with pytest.raises(ValueError, match="split='test'"):
         ImageShards(output, "test")
-
-
-def test_a_failed_unpacking_leaves_nothing(tmp_path: Path):
-    def fail(folder: Path) -> None:
-        (folder / "half").write_text("x")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        unpacked(tmp_path / "a" / "digest", fail)
-    assert list((tmp_path / "a").iterdir()) == []
-
-
-def test_losing_the_race_for_a_folder_is_fine(tmp_path: Path):
-    def build(folder: Path) -> None:
-        (folder / "file").write_text("mine")
-        other = tmp_path / "a" / "digest"
-        other.mkdir()
-        (other / "file").write_text("theirs")
-
-    assert (unpacked(tmp_path / "a" / "digest", build) / "file").read_text() == "theirs"

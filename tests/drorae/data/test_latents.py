@@ -106,13 +106,6 @@ def test_mirrored_latents_are_stored_on_request(setting: Setting):
     assert shards.has_flip
 
 
-def test_memory_mapped_latents_equal_kept_ones(setting: Setting):
-    output = setting.run()
-    kept, mapped = LatentShards(output), LatentShards(output, keep_bytes=0)
-    ids = np.array([7, 0, 3])
-    assert torch.equal(kept.read(ids)[0], mapped.read(ids)[0])
-
-
 def test_a_filled_hidden_state_cache_is_used_and_changes_nothing(setting: Setting):
     plain = setting.run("a")
     shards = ImageShards(setting.shard, "train")

@@ -1,18 +1,18 @@
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 import pytest
 from data_fakes import encoded, job, pixels, shard_output
 from PIL import Image
 from torchvision import transforms
 
-from drorae.data.decoding import decode_png, shrink_to_view, to_square, to_view
+from drorae.data.decoding import to_square, to_view
+from drorae.data.draws import host_uniform
 from drorae.data.images import ImageShards
 from drorae.data.jobs import ShardJob
 from drorae.data.loaders import crop_batches
 from drorae.data.random_crops import RandomCrops, crop_corner
-from drorae.data.shard_files import SCHEMA, VIEW_SCHEMA
 
 SIZES = [(60, 41), (33, 50), (24, 24), (18, 30), (20, 17), (19, 90), (40, 24), (24, 31)]
 """Widths and heights around a view of 24 px: larger, smaller, equal, long."""
@@ -32,13 +32,14 @@ def source_image(row: dict) -> Image.Image:
 
 
 def rows(output, split: str) -> list[dict]:
-    names = output.names(f"{split}/", ".parquet")
-    return [row for n in names for row in pq.read_table(output.local(n)).to_pylist()]
+    names = output.names(f"{split}/part-", ".arrow")
+    tables = [pa.ipc.open_file(pa.memory_map(str(output.local(n)))).read_all() for n in names]
+    return pa.concat_tables(tables).to_pylist()
 
 
 @pytest.fixture
 def output(tmp_path: Path):
-    shard = job(make_sizes(tmp_path / "photos"), view_px=24, val_fraction=0.3)
+    shard = job(make_sizes(tmp_path / "photos"), view_px=24, pictures="source", val_fraction=0.3)
     return shard_output(tmp_path, shard)
 
 
@@ -48,32 +49,16 @@ def test_views_equal_those_of_torchvision(size: tuple[int, int], view_px: int):
     image = Image.fromarray(pixels(3, *size))
     resize = transforms.Resize(view_px, interpolation=transforms.InterpolationMode.BICUBIC)
     np.testing.assert_array_equal(np.asarray(to_view(image, view_px)), np.asarray(resize(image)))
-    stored = shrink_to_view(image, view_px)
-    np.testing.assert_array_equal(np.asarray(to_view(stored, view_px)), np.asarray(resize(image)))
-    assert min(stored.size) == min(view_px, *size)
 
 
-def test_only_training_shards_hold_whole_pictures(output):
-    assert output.read_json("counts.json")["view_px"] == 24
-    for split, schema in (("train", VIEW_SCHEMA), ("val", SCHEMA)):
-        for name in output.names(f"{split}/", ".parquet"):
-            assert pq.read_schema(output.local(name)).remove_metadata() == schema
-    for row in rows(output, "train"):
-        whole = shrink_to_view(source_image(row), 24)
-        np.testing.assert_array_equal(decode_png(row["image_view"]), np.asarray(whole))
-
-
-def test_squares_are_adm_crops_of_the_source_whether_or_not_there_are_views(output, tmp_path: Path):
-    plain = shard_output(tmp_path / "plain", job(tmp_path / "photos", val_fraction=0.3))
-    assert "view_px" not in plain.read_json("counts.json")
-    with_views = {row["key"]: row for row in rows(output, "train")}
-    for row in rows(plain, "train"):
-        assert {k: v for k, v in with_views[row["key"]].items() if k != "image_view"} == row
-        square = np.asarray(to_square(source_image(row), 16, "center"))
-        np.testing.assert_array_equal(decode_png(row["image"]), square)
-    images, _ = ImageShards(output, "train", keep_bytes=0).read(np.array([0]))
-    first = decode_png(rows(output, "train")[0]["image"])
-    np.testing.assert_array_equal(images[0].permute(1, 2, 0).numpy(), first)
+@pytest.mark.parametrize("keep_bytes", [0, 1 << 30])
+def test_squares_made_at_load_are_adm_crops_of_the_source(output, keep_bytes: int):
+    for split in ("train", "val"):
+        shards = ImageShards(output, split, keep_bytes=keep_bytes)
+        images, _ = shards.read(np.arange(len(shards)))
+        for image, row in zip(images, rows(output, split), strict=True):
+            square = np.asarray(to_square(source_image(row), 16, "center"))
+            np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), square)
 
 
 def test_a_crop_is_a_part_of_the_view_at_the_corner_that_is_drawn(output):
@@ -84,7 +69,8 @@ def test_a_crop_is_a_part_of_the_view_at_the_corner_that_is_drawn(output):
     stored = rows(output, "train")
     for image, number in zip(images, ids.tolist(), strict=True):
         view = np.asarray(to_view(source_image(stored[number]), 24))
-        left, top = crop_corner(5, 7, number, (view.shape[1], view.shape[0]), 16)
+        draw = host_uniform(5, "crop", 7, np.array([number]), 2)[0]
+        left, top = crop_corner(draw, (view.shape[1], view.shape[0]), 16)
         expected = view[top : top + 16, left : left + 16]
         np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected)
 
@@ -99,7 +85,8 @@ def test_crops_depend_on_seed_epoch_and_id_alone(output):
 
 
 def test_every_place_is_equally_likely_and_inside():
-    corners = [crop_corner(0, 1, number, (20, 18), 16) for number in range(6000)]
+    draws = host_uniform(0, "crop", 1, np.arange(6000), 2)
+    corners = [crop_corner(draw, (20, 18), 16) for draw in draws]
     for axis, places in ((0, 5), (1, 3)):
         counts = np.bincount([c[axis] for c in corners], minlength=places)
         # A binomial count of mean 6000 / places has a deviation below 37: five of them.
@@ -107,7 +94,7 @@ def test_every_place_is_equally_likely_and_inside():
         assert abs(counts - 6000 / places).max() < 185
     joint = np.corrcoef(np.array(corners).T)[0, 1]
     assert abs(joint) < 0.06  # left and top are independent
-    assert {crop_corner(0, 0, n, (16, 16), 16) for n in range(9)} == {(0, 0)}
+    assert {crop_corner(draw, (16, 16), 16) for draw in draws[:9]} == {(0, 0)}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -131,7 +118,7 @@ def test_resumed_batches_and_other_worker_counts_see_the_same_crops(output, worl
 
 def test_views_that_cannot_be_are_told(tmp_path: Path):
     plain = shard_output(tmp_path, job(make_sizes(tmp_path / "photos")))
-    with pytest.raises(ValueError, match=r"set shard\.view_px"):
+    with pytest.raises(ValueError, match=r"set shard\.pictures=source and shard\.view_px"):
         RandomCrops(plain, seed=0)
     with pytest.raises(ValueError, match=r"shard\.view_px=100"):
         ShardJob(source="x", resolution_px=256, view_px=100)

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from drorae.config import Compute
-from drorae.data.shard_map import ShardTask, map_shards, run_in_process
+from drorae.config import Compute, Resources
+from drorae.data.shard_map import ShardTask, map_shards, num_actors, run_in_process
 from drorae.store import files
 
 
@@ -77,3 +77,30 @@ def test_lost_results_are_told(tmp_path: Path):
 
 def test_no_tasks_give_no_results(tmp_path: Path):
     assert run(tmp_path, []) == []
+
+
+def test_progress_counts_the_size_of_tasks(tmp_path: Path):
+    sized = [ShardTask(f"part-{i}", {"number": i}, size=10**i) for i in range(3)]
+    seen: list[tuple[int, int]] = []
+    run(tmp_path, sized, on_progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(0, 111), (1, 111), (11, 111), (111, 111)]
+
+
+@pytest.mark.parametrize(
+    ("compute", "gpus", "actors"),
+    [
+        (Compute(data_actors=3), 1.0, 3),
+        (Compute(data_actors=3, use_gpu=True), 1.0, 128),
+        (Compute(data_actors=3, use_gpu=True), 0.5, 256),
+        (Compute(data_actors=3, use_gpu=True), 0.0, 3),
+    ],
+)
+def test_actors_that_compute_follow_the_gpus_of_the_cluster(
+    compute: Compute, gpus: float, actors: int
+):
+    cluster = {"GPU": 128.0, "CPU": 4.0}
+    assert num_actors(compute, Resources(gpus=gpus), cluster) == actors
+
+
+def test_without_a_gpu_at_the_moment_one_actor_waits_for_one():
+    assert num_actors(Compute(use_gpu=True), Resources(gpus=1.0), {"CPU": 4.0}) == 1

@@ -1,9 +1,17 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drorae.data.statistics import Moments
+from drorae.data.statistics import Moments, RunningMoments
+
+
+def moments_of(*batches: np.ndarray) -> Moments:
+    running = RunningMoments(batches[0].shape[1:], torch.device("cpu"))
+    for batch in batches:
+        running.update(torch.from_numpy(batch))
+    return running.result()
 
 
 @given(
@@ -13,9 +21,7 @@ from drorae.data.statistics import Moments
 )
 def test_any_split_into_batches_gives_numpys_moments(sizes: list[int], offset: float, seed: int):
     values = np.random.default_rng(seed).normal(offset, 2.0, (sum(sizes) + 1, 2, 3))
-    moments = Moments.empty((2, 3))
-    for part in np.split(values, np.cumsum(sizes)):
-        moments = moments.update(part)
+    moments = moments_of(*np.split(values, np.cumsum(sizes)))
     assert moments.count == len(values)
     # float64 with an offset of 1e4 leaves about 1e-16 * 1e8 of a variance near 4
     np.testing.assert_allclose(moments.mean, values.mean(0), rtol=1e-12)
@@ -24,8 +30,8 @@ def test_any_split_into_batches_gives_numpys_moments(sizes: list[int], offset: f
 
 def test_merge_of_two_sets_is_the_set_of_both():
     values = np.random.default_rng(0).normal(size=(50, 4))
-    left = Moments.empty((4,)).update(values[:20])
-    right = Moments.empty((4,)).update(values[20:])
+    left = moments_of(values[:20])
+    right = moments_of(values[20:])
     np.testing.assert_allclose(left.merge(right).var, values.var(0), rtol=1e-12)
 
 
@@ -36,7 +42,7 @@ def test_merging_nothing_changes_nothing():
 
 def test_float16_input_is_summed_in_float64():
     values = np.full((4096, 1), 2048, dtype=np.float16)
-    assert Moments.empty((1,)).update(values).mean[0] == 2048
+    assert moments_of(values).mean[0] == 2048
 
 
 def test_errors_are_clear():

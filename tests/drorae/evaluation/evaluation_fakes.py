@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +15,12 @@ from safetensors.torch import save, save_file
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from drorae.config import Compute, to_json
+from drorae.data.shard_format import (
+    PICTURE_SCHEMA,
+    part_name,
+    write_index,
+    write_picture_shard,
+)
 from drorae.evaluation.features import Features, file_sha256
 from drorae.models.decoder import Decoder, DecoderConfig
 from drorae.models.dit import DiT, DiTConfig
@@ -69,16 +74,23 @@ def write_shards(ctx: StageContext) -> StageResult:
     entries = []
     for split, rows in (("train", NUM_TRAIN), ("val", NUM_VAL)):
         pixels = generator.integers(0, 256, size=(rows, 4, 4, 3), dtype=np.uint8)
+        pictures = [_png(p.repeat(8, 0).repeat(8, 1)) for p in pixels]
         columns = {
-            "id": pa.array(range(rows), pa.int64()),
-            "label": pa.array([i % 3 for i in range(rows)], pa.int32()),
-            "image": pa.array([_png(p.repeat(8, 0).repeat(8, 1)) for p in pixels], pa.binary()),
+            "id": range(rows),
+            "key": [f"{split}/{number}" for number in range(rows)],
+            "label": [number % 3 for number in range(rows)],
+            "image": pictures,
+            "source_sha256": [""] * rows,
+            "source_width": [SIDE_PX] * rows,
+            "source_height": [SIDE_PX] * rows,
         }
-        buffer = io.BytesIO()
-        pq.write_table(pa.table(columns), buffer)
-        entries.append(ctx.put_bytes(f"{split}/part-00000.parquet", buffer.getvalue()))
+        batch = pa.RecordBatch.from_pydict(columns, schema=PICTURE_SCHEMA)
+        part = write_picture_shard(ctx.output_uri, part_name(split, 0), batch)
+        entries += [part.entry, write_index(ctx.output_uri, split, [part])]
         counts[split] = {"rows": rows, "shards": [rows]}
-    return StageResult(files=[*entries, ctx.put_json("counts.json", counts)])
+    entries.append(ctx.put_json("counts.json", counts))
+    entries.append(ctx.put_json("config.json", {"shard": {"pictures": "square"}}))
+    return StageResult(files=entries)
 
 
 def write_module(
@@ -201,5 +213,4 @@ def build_tiny_features(kind: str, weights_path: Path, **settings: Any) -> Featu
         TinyExtractor(),
         identity=f"tiny:{kind}:{file_sha256(weights_path)}",
         batch_images=settings["batch_images"],
-        cache_path=settings["cache_path"],
     )

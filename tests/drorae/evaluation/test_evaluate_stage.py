@@ -11,7 +11,7 @@ from PIL import Image
 
 from drorae.config import from_json, to_json
 from drorae.data.shard_map import run_in_process
-from drorae.evaluation import stages
+from drorae.evaluation import workers
 from drorae.evaluation.job import EvaluateJob, ReportJob
 from drorae.evaluation.report import render
 from drorae.evaluation.report_data import collect
@@ -30,6 +30,7 @@ JOB = EvaluateJob(
     isc_splits=2,
     batch_images=4,
     chunk_samples=3,
+    chunk_photos=4,
     bootstrap_replicates=100,
     lpips_net="alex",
     num_grid_images=2,
@@ -39,8 +40,8 @@ JOB = EvaluateJob(
 
 @pytest.fixture
 def evaluate(monkeypatch: pytest.MonkeyPatch, assets: Path, encoder_config: EncoderConfig):
-    monkeypatch.setattr(stages, "build_features", build_tiny_features)
-    monkeypatch.setattr(stages, "asset_path", lambda name: assets / f"{name}.safetensors")
+    monkeypatch.setattr(workers, "build_features", build_tiny_features)
+    monkeypatch.setattr(workers, "asset_path", lambda name: assets / f"{name}.safetensors")
 
     def run(ctx: StageContext, job: EvaluateJob = JOB) -> StageResult:
         return run_evaluate(
@@ -104,20 +105,75 @@ def test_numbers_do_not_depend_on_batch_or_chunk_size(
 ) -> None:
     first = evaluate(context)
     other = dataclasses.replace(context, output_uri=str(tmp_path / "other"), work_uri="")
-    second = evaluate(other, dataclasses.replace(JOB, batch_images=2, chunk_samples=5))
+    second = evaluate(
+        other, dataclasses.replace(JOB, batch_images=2, chunk_samples=5, chunk_photos=7)
+    )
     for name, value in first.metrics.items():
         # Float sums of another batch shape may flip a truncated byte here and there.
         assert second.metrics[name] == pytest.approx(value, rel=0.02, abs=1e-3), name
 
 
-def test_finished_chunks_are_not_drawn_again(evaluate, context: StageContext) -> None:
+def test_only_what_is_missing_is_done_again(evaluate, context: StageContext) -> None:
     first = evaluate(context)
-    chunk = files.join(context.work_uri, "samples", "cfg-00000000.npz")
-    before = Path(chunk).stat().st_mtime_ns
+    names = {path.stem for path in Path(context.work_uri, "done").iterdir()}
+    photos = {"reconstruct-00000000", "reconstruct-00000004", "reconstruct-00000008"}
+    assert photos <= names
     files.delete(files.join(context.work_uri, "done", "unguided-00000003.json"))
+    files.delete(files.join(context.work_uri, "done", "reconstruct-00000004.json"))
+    before = written_at(context)
     second = evaluate(context)
-    assert Path(chunk).stat().st_mtime_ns == before
     assert second.metrics == first.metrics
+    after = written_at(context)
+    changed = {name for name in after if after[name] != before[name]}
+    assert {Path(name).name for name in changed} == {"00000003.npz", "00000004.npz"}
+
+
+def written_at(ctx: StageContext) -> dict[str, int]:
+    found = Path(ctx.work_uri).rglob("*.npz")
+    return {str(path): path.stat().st_mtime_ns for path in found}
+
+
+def test_a_failed_task_leaves_what_was_done(
+    evaluate, context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(workers, "inspect_tokenizer", fail)
+        with pytest.raises(RuntimeError, match="no inspection"):
+            evaluate(context)
+    before = written_at(context)
+    assert before
+    evaluate(context)
+    after = written_at(context)
+    assert {name: after[name] for name in before} == before
+
+
+def fail(*args: object, **settings: object) -> None:
+    raise RuntimeError("no inspection today")
+
+
+def test_no_task_leaves_more_pictures_than_are_shown(evaluate, context: StageContext) -> None:
+    evaluate(context, dataclasses.replace(JOB, num_grid_classes=2))
+    held = {"unguided": 0, "cfg": 0, "autoguidance": 0, "untrained": 0}
+    for guidance in held:
+        for path in Path(context.work_uri, "values", guidance).iterdir():
+            with np.load(path) as data:
+                held[guidance] += len(data["images"])
+    assert set(held.values()) == {4}  # two of each of two classes
+
+
+def test_training_photos_are_read_once_for_all_runs(
+    evaluate, context: StageContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = evaluate(context)
+    other = dataclasses.replace(context, output_uri=str(tmp_path / "other"), work_uri="")
+    read = workers.ImageShards.read
+
+    def only_held_out(self, ids):
+        assert self.split == "val"
+        return read(self, ids)
+
+    monkeypatch.setattr(workers.ImageShards, "read", only_held_out)
+    assert evaluate(other).metrics == first.metrics
 
 
 def test_without_control_guide_is_used_and_control_left_out(
@@ -194,6 +250,7 @@ def test_grids_are_pictures(evaluate, context: StageContext) -> None:
     "change",
     [
         {"num_samples": 0},
+        {"chunk_photos": 0},
         {"num_grid_points": 1},
         {"guidance_interval": (0.5, 0.5)},
         {"feature_extractor": "inception-v3"},

@@ -6,7 +6,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from drorae.evaluation.features import EfficientNetLite0Features, build_features
+from drorae.evaluation.features import EfficientNetLite0Features, FeatureSet, build_features
+from drorae.evaluation.stored import read_features, write_features
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,6 @@ def test_features_are_1280_wide_and_do_not_depend_on_the_batch(
     assert small.pooled.shape == (5, 1280)
     assert small.logits.shape == (5, 1000)
     np.testing.assert_allclose(small.pooled, large.pooled, rtol=1e-3, atol=1e-5)
-    assert small.head(2).pooled.shape == (2, 1280)
 
 
 def test_input_is_scaled_as_the_weights_expect(weights: Path) -> None:
@@ -42,21 +42,17 @@ def test_input_is_scaled_as_the_weights_expect(weights: Path) -> None:
         torch.testing.assert_close(extractor(gray)[0], expected)
 
 
-def test_cache_follows_content_not_name(
-    weights: Path, images: torch.Tensor, tmp_path: Path
-) -> None:
-    settings = {"feature_px": 32, "cache_path": tmp_path}
-    features = build_features("efficientnet-lite0", weights, **settings)
-    calls: list[int] = []
-    first = features.of(images, calls.append)
-    again = features.of(images, calls.append)
-    assert calls == [5]
-    np.testing.assert_array_equal(first.pooled, again.pooled)
-    features.of(images.flip(3), calls.append)
-    build_features("efficientnet-lite0", weights, feature_px=40, cache_path=tmp_path).of(
-        images, calls.append
-    )
-    assert calls == [5, 5, 5]
+def test_files_of_features_are_read_back_in_their_order(tmp_path: Path) -> None:
+    rows = np.arange(20, dtype=np.float32).reshape(5, 4)
+    sets = [FeatureSet(pooled=rows[i : i + 1], logits=-rows[i : i + 1]) for i in range(5)]
+    uris = [str(tmp_path / name) for name in ("a.npz", "b.npz")]
+    write_features(uris[0], sets[:3])
+    write_features(uris[1], sets[3:])
+    found = read_features(uris, 4)
+    np.testing.assert_array_equal(found.pooled, rows[:4])
+    np.testing.assert_array_equal(found.logits, -rows[:4])
+    with pytest.raises(ValueError, match="have 5 rows: expected 6"):
+        read_features(uris, 6)
 
 
 def test_missing_weights_unknown_kind_and_wrong_input_are_refused(

@@ -8,6 +8,7 @@ from drorae.evaluation.frechet import (
     distances,
     fit_gaussian,
     frechet_distance,
+    reference_of,
 )
 
 
@@ -54,7 +55,7 @@ def test_broken_linear_algebra_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_all_metrics_rank_a_near_set_above_a_far_one() -> None:
-    real = features(200)
+    real = reference_of(features(200).pooled)
     near = distances(features(150, shift=0.1, seed=1), real, kid_subset=50)
     far = distances(features(150, shift=2.0, seed=2), real, kid_subset=50)
     assert near.fd < far.fd
@@ -69,7 +70,7 @@ def test_all_metrics_rank_a_near_set_above_a_far_one() -> None:
 
 
 def test_tiny_sets_lower_subset_and_neighbours_instead_of_failing() -> None:
-    found = distances(features(3, seed=1), features(4), kid_subset=1000)
+    found = distances(features(3, seed=1), reference_of(features(4).pooled), kid_subset=1000)
     assert np.isfinite(found.kid)
 
 

@@ -12,7 +12,7 @@ from drorae.diffusion.guidance import GuidanceConfig
 from drorae.evaluation.inference import SamplerSettings, reconstruct_files, sample_images
 from drorae.evaluation.job import EvaluateJob
 from drorae.evaluation.loading import load_generator, load_tokenizer
-from drorae.evaluation.sampling import sample_tasks, sampler_settings
+from drorae.evaluation.tasks import Extent, image_tasks, sampler_settings
 from drorae.models.dit import DiT, DiTConfig
 from drorae.store.workspace import StageOutput
 
@@ -121,7 +121,9 @@ def test_every_way_of_sampling_has_its_own_scale_and_interval() -> None:
     assert (internal.sampler, internal.churn) == ("sde", 0.5)
     assert sampler_settings("cfg", evaluate).guidance == GuidanceConfig(kind="cfg", scale=2.0)
     assert sampler_settings("untrained", evaluate).guidance == GuidanceConfig()
-    assert {task.payload["guidance"] for task in sample_tasks(evaluate)} == {"unguided", "internal"}
+    tasks = image_tasks(evaluate, Extent(num_photos=1, num_real=1, models=("rae",)))
+    kinds = {task.payload["kind"] for task in tasks}
+    assert kinds == {"reconstruct", "inspect", "real", "unguided", "internal"}
 
 
 def test_images_of_a_class(outputs: dict[str, StageOutput]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from drorae.config import Compute, to_json
-from drorae.store import files, patience
+from drorae.store import arrivals, files, patience
 from drorae.training import watchdog
 from drorae.training.watchdog import (
     RankReport,
@@ -140,6 +140,26 @@ def test_a_read_that_waits_for_an_absent_store_is_no_hang(tmp_path, hangs, monke
     with guard(tmp_path, hangs):
         list(watched(lambda start: read(0.9))(0))
     assert not hangs
+
+
+def test_a_download_that_advances_is_no_hang_and_one_that_stalls_is(tmp_path, hangs, monkeypatch):
+    monkeypatch.setattr(arrivals, "STALLED_S", 0.3)
+
+    def read(arriving_s: float, stalled_s: float) -> Iterator[int]:
+        yield from (0, 1)
+        with arrivals.awaited():
+            end_s = time.monotonic() + arriving_s
+            while time.monotonic() < end_s:
+                arrivals.note()
+                time.sleep(0.02)
+            time.sleep(stalled_s)
+        yield 2
+
+    with guard(tmp_path, hangs):
+        list(watched(lambda start: read(1.5, 0))(0))
+        assert not hangs
+        list(watched(lambda start: read(0.5, 2.0))(0))
+    assert hangs[0][0] == 0
 
 
 def test_slow_steps_raise_the_limit_and_a_single_slow_one_does_not(tmp_path, hangs):
