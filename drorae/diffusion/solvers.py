@@ -23,8 +23,7 @@ Progress = Callable[[int, int], None]
 """Called after each step with (steps done, steps in all)."""
 
 StepNoise = Callable[[int], Tensor]
-"""Standard normal noise of a step, of the shape of the state; see
-`drorae.diffusion.noise.sample_noise`."""
+"""Standard normal noise of a step, of the shape of the state; see `drorae.diffusion.noise`."""
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from drorae.diffusion.time_config import MAX_T, SHIFT_BASE_ELEMENTS, TimeConfig, check_shift
 from drorae.shapes import Float, Tensor
 
-__all__ = ["TimeConfig", "resolve_shift", "sample_times", "shift_for", "shift_time", "time_grid"]
+__all__ = ["TimeConfig", "resolve_shift", "shift_for", "shift_time", "time_grid", "training_times"]
 
 TimeOrTensor = TypeVar("TimeOrTensor", float, Tensor)
 
@@ -57,25 +57,18 @@ def shift_time(t: TimeOrTensor, shift: float) -> TimeOrTensor:
     return t / (t + (1 - t) / shift)
 
 
-def sample_times(
-    config: TimeConfig,
-    num_samples: int,
-    generator: torch.Generator,
-    *,
-    num_elements: int | None = None,
-    dtype: torch.dtype = torch.float32,
+def training_times(
+    uniform: Float[Tensor, " batch"], config: TimeConfig, num_elements: int | None = None
 ) -> Float[Tensor, " batch"]:
-    """Draw shifted training times on the generator's device.
+    """Shifted training times, float32, one for each uniform number in [0, 1).
 
     The logit-normal law is cut at `t_max` by its inverse distribution function, so one uniform
     number makes one time.
 
     Args:
+        uniform: From `drorae.diffusion.noise.uniform`, on any device.
         config: Law and shift.
-        num_samples: Number of times.
-        generator: Source of the draw.
         num_elements: Elements of one latent; needed when the configuration leaves the shift open.
-        dtype: Type of the result.
 
     Raises:
         ValueError: If the shift is open and `num_elements` is not given.
@@ -85,11 +78,8 @@ def sample_times(
             "The time shift is open (shift=None): expected num_elements, the elements of one "
             "latent; pass it or set shift."
         )
-    uniform = torch.rand(
-        num_samples, generator=generator, device=generator.device, dtype=torch.float64
-    )
-    t = uniform_to_time(uniform, config)
-    return shift_time(t, resolve_shift(config, num_elements or 1)).to(dtype)
+    t = uniform_to_time(uniform.double(), config)
+    return shift_time(t, resolve_shift(config, num_elements or 1)).float()
 
 
 def uniform_to_time(

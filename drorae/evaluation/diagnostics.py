@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from drorae.diffusion.noise import noise
 from drorae.models.fusion_output import token_angles_deg
 from drorae.shapes import Float, Tensor
 
@@ -149,13 +150,12 @@ def decoding_sensitivity(
     Returns:
         "relative_norm" and the mean "lpips" at each.
     """
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
-    scale = latents.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1).clamp_min(1e-12)
-    noise = noise * scale.reshape(-1, 1, 1, 1)
+    drawn = noise(seed, "sensitivity", range(len(latents)), latents.shape[1:], latents.device)
+    scale = latents.flatten(1).norm(dim=1) / drawn.flatten(1).norm(dim=1).clamp_min(1e-12)
+    drawn = drawn * scale.reshape(-1, 1, 1, 1)
     clean = decode(latents)
     values = [
-        float(distance(clean, decode(latents + norm * noise)).mean()) for norm in relative_norms
+        float(distance(clean, decode(latents + norm * drawn)).mean()) for norm in relative_norms
     ]
     return {"relative_norm": [float(n) for n in relative_norms], "lpips": values}
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from drorae.data.decoding import BadImage, ImageLimits, decode_image, to_square
 from drorae.diffusion.guidance import GuidanceConfig, guided_velocity_fn
-from drorae.diffusion.noise import sample_noise
+from drorae.diffusion.noise import noise
 from drorae.diffusion.predictions import Prediction, as_velocity_model
 from drorae.diffusion.solvers import StepNoise, VelocityFn, euler, euler_maruyama, heun
 from drorae.diffusion.times import TimeConfig, resolve_shift, time_grid
@@ -155,16 +155,16 @@ class Generator:
                 f"{self.num_classes - 1}."
             )
         shape = tuple(self.mean.shape)
-        noise = sample_noise(seed, indices, shape, "sample").to(self.device)
+        start = noise(seed, "sample", indices, shape, self.device)
         velocity = self._velocity(labels.to(self.device), settings.guidance)
         shift = resolve_shift(self.times, self.mean.numel())
         grid = time_grid(settings.num_grid_points, shift, settings.grid_end)
 
         def step_noise(step: int) -> Tensor:
-            return sample_noise(seed, indices, shape, f"sample/{step}")
+            return noise(seed, f"sample/{step}", indices, shape, self.device)
 
         with number_format(self.precision, self.device.type):
-            clean = _solve(velocity, noise, grid, settings, step_noise)
+            clean = _solve(velocity, start, grid, settings, step_noise)
         return map_to_tokens(denormalise_latent(clean, self.mean, self.var))
 
     def _velocity(self, labels: Int[Tensor, " batch"], guidance: GuidanceConfig) -> VelocityFn:

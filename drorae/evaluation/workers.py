@@ -90,10 +90,8 @@ class ImageWorker:
         arrays, features = _Columns(), _Columns()
         for batch in self._batches(ids):
             images, labels = self._photos("val").read(batch)
-            images, shown = (
-                images.to(self._device),
-                torch.from_numpy(batch < self._job.num_grid_images),
-            )
+            images = images.to(self._device)
+            shown = torch.from_numpy(batch < self._job.num_grid_images)
             drawn = reconstruct(self._tokenizer, images)
             arrays.add("labels", labels.numpy())
             for model, pictures in drawn.items():

@@ -106,7 +106,6 @@ def augment(
         draws: `NUM_DRAWS` uniform numbers in [0, 1) for each sample: rows, columns, brightness,
             saturation, contrast.
     """
-    draws = draws.to(images.device)
     images = _translate(images.float(), draws[:, :2])
     brightness, saturation, contrast = (draws[:, i].view(-1, 1, 1, 1) for i in range(2, NUM_DRAWS))
     images = images + (brightness - 0.5)

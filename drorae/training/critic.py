@@ -8,14 +8,13 @@ averaged over ranks and parts, and the adaptive weight is computed from gradient
 The discriminator is small and lies whole on every rank, under FSDP2 too.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from drorae.diffusion.noise import uniform
 from drorae.losses.adversarial import (
     NUM_DRAWS,
     adaptive_weight,
@@ -181,14 +180,9 @@ class Critic:
     def _draws(
         self, step: int, use: str, positions: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch draws"]:
-        """Uniform numbers of the given places in the global batch, with 24 bits each."""
-        key = hashlib.sha256(f"{self._seed}/critic/{use}/{step}".encode()).digest()[:16]
-        places = positions.cpu().numpy()
-        # Raw words of a counter-based generator: place p owns words 5 p to 5 p + 4.
-        philox = np.random.Philox(key=np.frombuffer(key, dtype=np.uint64))
-        words = philox.random_raw(NUM_DRAWS * (int(places.max()) + 1)).reshape(-1, NUM_DRAWS)
-        uniform = (words[places] >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
-        return torch.from_numpy(uniform)
+        """Uniform numbers of the given places in the global batch."""
+        stream = f"critic/{use}/{step}"
+        return uniform(self._seed, stream, positions, (NUM_DRAWS,), self._world.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Trained heads (spectral-norm vectors included), optimiser and counts of bad steps."""

@@ -5,20 +5,22 @@ is the squared error of the velocity either way. A base head takes the same loss
 
 The guide uses the same loop. t = 0 is clean and t = 1 is noise. The draws of time, noise and
 dropped labels are functions of (seed, step, position in the global batch), so that neither a resume
-nor the number of workers changes them. The configuration, `DiffusionStage`, is in
-`drorae.training.jobs`.
+nor the number of workers changes them. They are made on the device, where the stored float16
+latents are normalised too; between two log points nothing waits for the device. The configuration,
+`DiffusionStage`, is in `drorae.training.jobs`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from drorae.diffusion.interpolation import add_noise, velocity_loss
-from drorae.diffusion.noise import sample_generator, sample_noise
+from drorae.diffusion.noise import noise, uniform
 from drorae.diffusion.predictions import to_velocity
-from drorae.diffusion.times import sample_times
+from drorae.diffusion.times import training_times
+from drorae.models.autoencoder import normalise_latent
 from drorae.models.dit import DiT
 from drorae.shapes import Float, Int
 from drorae.training.intervals import log_step, mean_terms, save_if_due
@@ -54,7 +56,7 @@ class DiffusionBatch(Protocol):
 
     @property
     def latents(self) -> Float[Tensor, "batch channels height width"]:
-        """Normalised clean latents."""
+        """Clean latents as they are stored: float16, not normalised, on the CPU."""
         ...
 
     @property
@@ -63,21 +65,44 @@ class DiffusionBatch(Protocol):
         ...
 
 
-def draw_step(
-    job: DiffusionStage, batch: DiffusionBatch, seed: int
-) -> tuple[Float[Tensor, " batch"], Tensor, Int[Tensor, " batch"]]:
-    """Times, noise and labels (some replaced by the null class) of one rank's part of a step.
+class Part(NamedTuple):
+    """What is worked through at once, on the device."""
 
-    Times and label drops are drawn for the whole global batch and then indexed, noise per image.
+    clean: Float[Tensor, "batch channels height width"]
+    """Normalised latents."""
+    t: Float[Tensor, " batch"]
+    """One time per latent."""
+    noise: Float[Tensor, "batch channels height width"]
+    """Standard normal draw."""
+    labels: Int[Tensor, " batch"]
+    """Classes, some replaced by the null class."""
+
+
+def draw_step(
+    job: DiffusionStage, batch: DiffusionBatch, seed: int, stats: Mapping[str, Tensor]
+) -> Part:
+    """One rank's part of a step on the device of the statistics: latents, times, noise, labels.
+
+    Every draw is a function of (seed, step * batch_images + position).
+
+    Args:
+        job: Law of the times, share of dropped labels.
+        batch: This rank's part of the global batch.
+        seed: Seed of the run.
+        stats: `mean` and `var` of the latents, as the stage `latents` measured them.
     """
-    generator = sample_generator(seed, batch.step, STEP_STREAM)
-    shape = batch.latents.shape[1:]
-    t = sample_times(job.times, job.batch_images, generator, num_elements=shape.numel())
-    drop = torch.rand(job.batch_images, generator=generator) < job.model.class_dropout_prob
-    null = torch.full_like(batch.labels, job.model.num_classes)
-    labels = torch.where(drop[batch.positions], null, batch.labels)
-    indices = batch.step * job.batch_images + batch.positions
-    return t[batch.positions], sample_noise(seed, indices, shape, NOISE_STREAM), labels
+    device = stats["mean"].device
+    latents = batch.latents.to(device, non_blocking=True).float()
+    labels = batch.labels.to(device, non_blocking=True)
+    ids, shape = batch.step * job.batch_images + batch.positions, latents.shape[1:]
+    for_time, for_label = uniform(seed, STEP_STREAM, ids, (2,), device).unbind(1)
+    dropped = for_label < job.model.class_dropout_prob
+    return Part(
+        normalise_latent(latents, stats["mean"], stats["var"]),
+        training_times(for_time, job.times, shape.numel()),
+        noise(seed, NOISE_STREAM, ids, shape, device),
+        labels.masked_fill(dropped, job.model.num_classes),
+    )
 
 
 def loss_terms(
@@ -112,6 +137,7 @@ def train_diffusion(
     batches: Callable[[int], Iterator[DiffusionBatch]],
     tools: LoopTools,
     *,
+    stats: Mapping[str, Tensor],
     stage: str,
     seed: int,
 ) -> TrainReport:
@@ -122,6 +148,7 @@ def train_diffusion(
         model: The network, freshly initialised.
         batches: Gives this rank's batches from a step on.
         tools: Checkpoints, logging, evaluation.
+        stats: `mean` and `var` of the latents, [channels, height, width].
         stage: Name for messages, `diffusion` or `guide`.
         seed: Seed of the run.
 
@@ -140,37 +167,26 @@ def train_diffusion(
         ema_decay=job.ema_decay,
         seed=seed,
     )
+    on_device = {name: value.to(device) for name, value in stats.items()}
     for batch in state.meter.timed(batches(state.step)):
-        parts = _parts(job, batch, seed, compute.accumulate_steps)
+        drawn = draw_step(job, batch, seed, on_device)
         rows: list[dict[str, Tensor]] = []
 
         def loss_of(part: Part, rows: list[dict[str, Tensor]] = rows) -> Tensor:
-            rows.append(_forward(job, wrapped, Part(*(x.to(device) for x in part))))
+            rows.append(_forward(job, wrapped, part))
             return rows[-1]["loss"]
 
-        grad_norm = apply_update(state, parts, loss_of)
+        grad_norm = apply_update(state, _cut(drawn, compute.accumulate_steps), loss_of)
         terms = mean_terms(rows) | {"grad_norm": grad_norm}
         log_step(state, tools, terms, job.batch_images, job, batch.ids_digest)
         save_if_due(state, tools, job)
     return finish(state)
 
 
-class Part(NamedTuple):
-    """What is worked through at once."""
-
-    clean: Tensor
-    t: Tensor
-    noise: Tensor
-    labels: Tensor
-
-
-def _parts(job: DiffusionStage, batch: DiffusionBatch, seed: int, num_parts: int) -> list[Part]:
-    """Equal parts of this rank's batch, with their draws."""
-    whole = Part(batch.latents, *draw_step(job, batch, seed))
-    return [
-        Part(*(value[rows] for value in whole))
-        for rows in part_slices(len(batch.positions), num_parts)
-    ]
+def _cut(whole: Part, num_parts: int) -> list[Part]:
+    """Equal parts of this rank's share of a step."""
+    slices = part_slices(len(whole.t), num_parts)
+    return [Part(*(value[rows] for value in whole)) for rows in slices]
 
 
 def _forward(job: DiffusionStage, network: nn.Module, part: Part) -> dict[str, Tensor]:

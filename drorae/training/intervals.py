@@ -16,7 +16,6 @@ from torch import Tensor
 from drorae.training.ema import averaged
 from drorae.training.guards import SPIKE_SCORE, SPIKE_WINDOW, FiniteGuard, spike_score
 from drorae.training.loop import LoopTools
-from drorae.training.parallel import is_sharded
 from drorae.training.saved import gather, put_back
 from drorae.training.state import TrainState
 from drorae.training.watchdog import unhurried
@@ -59,12 +58,15 @@ def log_step(
     state.data_digest = zlib.crc32(ids_digest.to_bytes(4, "little"), state.data_digest)
     if state.step % tools.compute.log_every_steps and state.step != state.num_steps:
         return
-    for guard in _guards(state):
-        guard.check(state.name, job)
+    with state.meter.waiting_for_device():
+        for guard in _guards(state):
+            guard.check(state.name, job)
     overdue = tools.world.is_main and tools.checkpoints.overdue()
     asked = torch.full((), float(overdue), device=tools.world.device)
     stacked = torch.stack([*(term.detach().float() for term in terms.values()), asked])
-    *values, asked_by_main = mean_over_ranks(stacked, tools.world).tolist()
+    averaged_terms = mean_over_ranks(stacked, tools.world)
+    with state.meter.waiting_for_device():
+        *values, asked_by_main = averaged_terms.tolist()
     state.save_asked = state.save_asked or asked_by_main > 0
     row = dict(zip((f"train/{name}" for name in terms), values, strict=True))
     row |= {"train/lr": state.optimizer.param_groups[0]["lr"]} | state.meter.read()
@@ -135,8 +137,12 @@ def _roll_back(state: TrainState, tools: LoopTools, job: object) -> None:
 
 
 def evaluate_if_due(state: TrainState, tools: LoopTools, every_steps: int) -> None:
-    """Run every evaluator on averaged and on online weights; one row for tracker and history."""
-    if state.step % every_steps or not (tools.world.is_main or is_sharded(state.module)):
+    """Run every evaluator on averaged and on online weights; one row for tracker and history.
+
+    On all ranks at once (a collective): each works on its share, so none waits for another longer
+    than their shares differ.
+    """
+    if state.step % every_steps:
         return
     was_training = state.module.training
     state.wrapped.eval()

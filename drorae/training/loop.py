@@ -46,9 +46,9 @@ class LoopTools:
     catch_up: Callable[[Sequence[Mapping[str, float]]], None] = lambda rows: None
     """Receives the rows that earlier attempts logged, after a resume, on rank 0."""
     evaluators: Sequence[Callable[[int, str], dict[str, float]]] = ()
-    """Each is called with the step and the first part of its metrics' names: `eval` while the EMA
-    weights are in place, `eval_online` with those that are trained. On rank 0, or where the weights
-    are sharded on every rank."""
+    """Each is called on every rank with the step and the first part of its metrics' names: `eval`
+    while the EMA weights are in place, `eval_online` with those that are trained. Every rank gets
+    the metrics of all of them together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

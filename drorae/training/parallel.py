@@ -12,8 +12,9 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from drorae.config import Compute
@@ -47,16 +48,24 @@ def distribute(module: nn.Module, world: World, compute: Compute) -> nn.Module:
         # FSDP2 gathers weights between blocks, which a graph of the whole would break anyway.
         for part in (_blocks(module) if shards else []) or [module]:
             part.compile(backend=COMPILE_BACKEND)
-    return _shard(module, world) if shards else wrap_ddp(module, world)
+    if shards:
+        return _shard(module, world, compute.reduce_dtype)
+    wrapped = wrap_ddp(module, world)
+    if compute.reduce_dtype == "bfloat16" and isinstance(
+        wrapped, nn.parallel.DistributedDataParallel
+    ):
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    return wrapped
 
 
-def _shard(module: nn.Module, world: World) -> nn.Module:
+def _shard(module: nn.Module, world: World, reduce_dtype: str) -> nn.Module:
     mesh = init_device_mesh(world.device.type, (world.world_size,))
+    policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, reduce_dtype))
     for block in _blocks(module):
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     # Without resharding, a forward pass that no backward pass follows (fakes, evaluation) would
     # leave the root's gathered weights in place, and the next step would use them stale.
-    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     return module
 
 

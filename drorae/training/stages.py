@@ -42,6 +42,7 @@ from drorae.training.jobs import (
     TokenizerTraining,
 )
 from drorae.training.loop import LoopTools, TrainReport
+from drorae.training.newest import Newest
 from drorae.training.released import commit_released
 from drorae.training.schedule import in_steps, schedule_record
 from drorae.training.tokenizer import (
@@ -196,7 +197,9 @@ def _train_dit(ctx: StageContext, world: World, *, seed: int, job: DiffusionStag
         return latent_batches(latents, start_step=start, **_delivery(ctx, job, world, seed))
 
     with _Tools(ctx, world) as tools:
-        report = train_diffusion(job, model, watched(batches), tools, stage=ctx.stage, seed=seed)
+        report = train_diffusion(
+            job, model, watched(batches), tools, stats=latents.stats, stage=ctx.stage, seed=seed
+        )
     settings = {"model": to_json(job.model), "times": to_json(job.times)}
     settings |= {"prediction": job.prediction, "latents": ctx.inputs["latents"].key}
     return _write(ctx, world, "dit", report, settings)
@@ -231,6 +234,7 @@ class _Tools:
     ) -> None:
         self._ctx, self._world, self._evaluators = ctx, world, evaluators
         self._tracker: Tracker = connect(ctx) if world.is_main else NullTracker()
+        self._progress = Newest(lambda done, total: ctx.progress(done, total, "images"))
         compute = ctx.compute
         self._checkpoints = TrainingCheckpoints(
             work_uri=ctx.work_uri,
@@ -247,7 +251,7 @@ class _Tools:
             checkpoints=self._checkpoints,
             log=self._tracker.log,
             catch_up=self._tracker.catch_up,
-            progress=lambda done, total: self._ctx.progress(done, total, "images"),
+            progress=self._progress,
             evaluators=[partial(evaluate, self._tracker) for evaluate in self._evaluators],
         )
 
@@ -256,6 +260,7 @@ class _Tools:
         with unhurried("the last checkpoint and the last points"):
             self._checkpoints.wait()
             self._tracker.close()
+            self._progress.close()
 
 
 def _run_phase(
@@ -277,7 +282,7 @@ def _run_phase(
     )
     job = in_steps(job, len(train))
     train.fill(rank=world.rank, world_size=world.world_size, on_progress=_fill_progress(ctx, world))
-    show = reconstruction_evaluator(phase, held_out)
+    show = reconstruction_evaluator(phase, held_out, world)
     lpips = None
     if job.lpips_weight:
         lpips = load_perceptual(asset_path(f"lpips-{job.lpips_net}")).to(world.device)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from drorae.config import Compute
+from drorae.data.hidden_states import to_unit
 from drorae.models.decoder import Decoder
-from drorae.shapes import Float, Int
+from drorae.shapes import Float, Int, UInt8
 from drorae.training.critic import Critic
 from drorae.training.intervals import evaluate_if_due, log_step, save_if_due
 from drorae.training.jobs import TokenizerTraining
@@ -57,13 +58,13 @@ class TokenizerBatch(Protocol):
         ...
 
     @property
-    def images(self) -> Float[Tensor, "batch 3 height width"]:
-        """Targets in [0,1]."""
+    def images(self) -> UInt8[Tensor, "batch 3 height width"]:
+        """Targets, on the CPU."""
         ...
 
     @property
     def hidden(self) -> Float[Tensor, "batch layers tokens dim"] | None:
-        """Encoder hidden states of the images, deepest layer last; none: the step computes them."""
+        """Encoder hidden states, float16 on the CPU, deepest layer last; none: made in the step."""
         ...
 
 
@@ -138,7 +139,8 @@ def train_tokenizer(
         tools: Checkpoints, logging, evaluation.
         seed: Seed of the run.
         critic: Discriminator with its optimiser; None trains without the adversarial term.
-        see: Frozen encoder, images on the device to hidden states; needed where batches bring none.
+        see: Frozen encoder, images in [0, 1] on the device to hidden states; needed where batches
+            bring none.
 
     Raises:
         RuntimeError: Loss or gradient not finite; raised before the weights change.
@@ -170,11 +172,14 @@ def _parts(
     device: torch.device,
     see: Callable[[Tensor], Tensor] | None,
 ) -> list[Part]:
-    """Equal parts of this rank's batch, with hidden states from the batch or computed now."""
+    """Equal parts of this rank's batch on the device, with its hidden states or computed ones."""
     parts = []
     for index, rows in enumerate(part_slices(len(batch.positions), num_parts)):
-        images = batch.images[rows].to(device)
-        hidden = _seen(images, see) if batch.hidden is None else batch.hidden[rows].to(device)
+        images = to_unit(batch.images[rows].to(device, non_blocking=True))
+        if batch.hidden is None:
+            hidden = _seen(images, see)
+        else:
+            hidden = batch.hidden[rows].to(device, non_blocking=True).float()
         parts.append(Part(index, batch.positions[rows], images, hidden))
     return parts
 

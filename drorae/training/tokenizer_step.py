@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from drorae.diffusion.noise import sample_noise
+from drorae.diffusion.noise import noise, uniform
 from drorae.losses.reconstruction import l1_per_image
 from drorae.models.autoencoder import add_latent_noise
 from drorae.models.fusion import FusionOutput
@@ -89,12 +89,13 @@ def noised(
     """
     if job.noise_tau == 0:
         return latent
-    draw = sample_noise(seed, indices, (1,), SIGMA_STREAM).abs()
+    device = latent.device
     if job.noise_kind == "uniform":
-        draw = torch.erf(draw / 2**0.5)  # |N(0,1)| through its distribution function is U(0,1)
-    scale = (job.noise_tau * draw[:, 0]).to(latent)
-    noise = sample_noise(seed, indices, latent.shape[1:], NOISE_STREAM).to(latent)
-    return add_latent_noise(latent, scale, noise)
+        sigma = uniform(seed, SIGMA_STREAM, indices, (), device)
+    else:
+        sigma = noise(seed, SIGMA_STREAM, indices, (), device).abs()
+    drawn = noise(seed, NOISE_STREAM, indices, latent.shape[1:], device)
+    return add_latent_noise(latent, (job.noise_tau * sigma).to(latent), drawn.to(latent))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -176,12 +176,13 @@ def _diffusion(device: torch.device, sizes: str, num_steps: int, tools: LoopTool
     elif sizes == "tiny":
         job = replace(job, batch_images=2)
     shape = (job.batch_images, job.model.in_channels, job.model.input_size, job.model.input_size)
-    latents, labels = torch.randn(shape), torch.zeros(job.batch_images, dtype=torch.long)
+    latents, labels = torch.randn(shape).half(), torch.zeros(job.batch_images, dtype=torch.long)
+    stats = {"mean": torch.zeros(shape[1:]), "var": torch.ones(shape[1:])}
     network = DiT(job.model).to(device).eval()
 
     def loss_of() -> Tensor:
         t, noise = torch.rand(len(latents), device=device), torch.randn(shape, device=device)
-        clean = latents.to(device)
+        clean = latents.to(device).float()
         velocity = network(add_noise(clean, noise, t), t, labels.to(device))
         return (velocity - (noise - clean)).square().mean()
 
@@ -193,7 +194,7 @@ def _diffusion(device: torch.device, sizes: str, num_steps: int, tools: LoopTool
 
     bare = bare_step(network, loss_of, job.optim, job.ema_decay)
     timed = Timed(make, bare, num_steps, device)
-    train_diffusion(job, network, timed, tools, stage="diffusion", seed=0)
+    train_diffusion(job, network, timed, tools, stats=stats, stage="diffusion", seed=0)
     return timed
 
 
@@ -236,8 +237,8 @@ def _tokenizer(
     elif sizes == "tiny":
         job = replace(job, batch_images=2)
     tokens, side = shape.grid**2, shape.grid * shape.patch_px
-    images = torch.rand(job.batch_images, 3, side, side)
-    hidden = torch.randn(job.batch_images, num_layers, tokens, shape.latent_channels)
+    images = torch.randint(256, (job.batch_images, 3, side, side), dtype=torch.uint8)
+    hidden = torch.randn(job.batch_images, num_layers, tokens, shape.latent_channels).half()
     decoder = Decoder(shape).to(device)
     fusion = build_fusion(kind, num_layers, shape.latent_channels).to(device)
     lpips = _perceptual().to(device) if lpips_weight else None
@@ -248,10 +249,10 @@ def _tokenizer(
 
     def loss_of() -> Tensor:
         with torch.set_grad_enabled(trained is fusion):
-            latent = fusion(hidden.to(device)).latent
+            latent = fusion(hidden.to(device).float()).latent
         sigma = job.noise_tau * torch.rand(len(latent), 1, 1, device=device)
         recon = decoder(latent + sigma * torch.randn_like(latent))
-        targets = images.to(device)
+        targets = images.to(device) / 255.0
         loss = (recon - targets).abs().mean()
         return loss if lpips is None else loss + lpips_weight * lpips(recon, targets).mean()
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from drorae.diffusion.noise import sample_noise
+from drorae.diffusion.noise import noise as drawn_noise
 from drorae.diffusion.solvers import euler, euler_maruyama, heun
 from drorae.diffusion.times import shift_for, time_grid
 
@@ -92,12 +92,12 @@ def test_stochastic_solver_without_churn_is_euler():
 @pytest.mark.parametrize("churn", [0.5, 2.0])
 def test_stochastic_solver_keeps_the_marginals_of_the_velocity(churn):
     num_samples, std = 20_000, 0.5
-    noise = sample_noise(0, range(1), (num_samples,))[0].double()
+    noise = drawn_noise(0, "noise", [0], (num_samples,))[0].double()
     sample = euler_maruyama(
         gaussian_velocity(std),
         noise,
         straight_grid(400),
-        step_noise=lambda step: sample_noise(0, [0], (num_samples,), f"step/{step}")[0],
+        step_noise=lambda step: drawn_noise(0, f"step/{step}", [0], (num_samples,))[0],
         churn=churn,
     )
     assert sample.std().item() == pytest.approx(std, rel=0.02)

@@ -2,13 +2,14 @@ import pytest
 import torch
 
 from drorae.config import from_json, to_json
+from drorae.diffusion.noise import uniform
 from drorae.diffusion.times import (
     TimeConfig,
     resolve_shift,
-    sample_times,
     shift_for,
     shift_time,
     time_grid,
+    training_times,
     uniform_to_time,
 )
 
@@ -87,26 +88,19 @@ def test_cut_law_is_the_uncut_one_given_that_it_lies_below():
     )
 
 
-def test_draws_have_the_mean_of_the_reference_and_follow_the_generator():
-    draws = [
-        sample_times(
-            TimeConfig(), 50_000, torch.Generator().manual_seed(seed), num_elements=ELEMENTS
-        )
-        for seed in (0, 0, 1)
-    ]
-    assert draws[0].dtype == torch.float32
-    assert draws[0].mean().item() == pytest.approx(0.837, abs=2e-3)
-    assert 0 <= draws[0].min() < draws[0].max() < 1
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
-    uniform = TimeConfig(distribution="uniform", shift=shift_for(ELEMENTS))
-    mean = sample_times(uniform, 50_000, torch.Generator().manual_seed(0)).mean().item()
-    assert mean == pytest.approx(0.787, abs=3e-3)
+def test_times_have_the_mean_of_the_reference():
+    draws = uniform(0, "times", range(50_000), ())
+    times = training_times(draws, TimeConfig(), ELEMENTS)
+    assert times.dtype == torch.float32
+    assert times.mean().item() == pytest.approx(0.837, abs=2e-3)
+    assert 0 <= times.min() < times.max() < 1
+    flat = TimeConfig(distribution="uniform", shift=shift_for(ELEMENTS))
+    assert training_times(draws, flat).mean().item() == pytest.approx(0.787, abs=3e-3)
 
 
 def test_open_shift_needs_the_latent_size():
     with pytest.raises(ValueError, match="num_elements"):
-        sample_times(TimeConfig(), 1, torch.Generator())
+        training_times(torch.zeros(1), TimeConfig())
 
 
 @pytest.mark.parametrize(("dim", "end"), [(ELEMENTS, 0.006887), (768 * 32 * 32, 0.013680)])

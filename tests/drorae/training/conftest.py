@@ -31,8 +31,8 @@ def make_tools() -> Callable[..., LoopTools]:
 @pytest.fixture
 def tokenizer_batches() -> Callable[..., Callable[[int], Iterator[Any]]]:
     generator = torch.Generator().manual_seed(1)
-    images = torch.rand(SAMPLES, 3, SIDE, SIDE, generator=generator)
-    hidden = torch.randn(SAMPLES, LAYERS, TOKENS, DIM, generator=generator)
+    images = torch.randint(256, (SAMPLES, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+    hidden = torch.randn(SAMPLES, LAYERS, TOKENS, DIM, generator=generator).half()
 
     def make(num_steps: int, batch: int, seed: int = 0) -> Callable[[int], Iterator[Any]]:
         def batches(start: int) -> Iterator[Any]:
@@ -54,7 +54,7 @@ def tokenizer_batches() -> Callable[..., Callable[[int], Iterator[Any]]]:
 @pytest.fixture
 def latent_batches() -> Callable[..., Callable[[int], Iterator[Any]]]:
     generator = torch.Generator().manual_seed(2)
-    latents = torch.randn(SAMPLES, 8, 2, 2, generator=generator)
+    latents = torch.randn(SAMPLES, 8, 2, 2, generator=generator).half()
     labels = torch.randint(0, 3, (SAMPLES,), generator=generator)
 
     def make(num_steps: int, batch: int, seed: int = 0) -> Callable[[int], Iterator[Any]]:

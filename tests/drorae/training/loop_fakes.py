@@ -8,6 +8,8 @@ import torch
 from drorae.data.order import epoch_ids, position
 
 LAYERS, TOKENS, DIM, SIDE, SAMPLES = 3, 4, 16, 8, 24
+STATS = {"mean": torch.zeros(8, 2, 2), "var": torch.ones(8, 2, 2)}
+"""Of the latents that the tests make."""
 
 
 @dataclass

@@ -18,10 +18,11 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from loop_fakes import DIM, LAYERS, SAMPLES, SIDE, TOKENS, Rows, digest_of, ids_of
+from loop_fakes import DIM, LAYERS, SAMPLES, SIDE, STATS, TOKENS, Rows, digest_of, ids_of
 from torch import Tensor, nn
 
 from drorae.checkpoint import TrainingCheckpoints
@@ -31,9 +32,11 @@ from drorae.models.decoder import Decoder, DecoderConfig
 from drorae.models.discriminator import DiscriminatorConfig, build_discriminator
 from drorae.models.dit import DiT, DiTConfig
 from drorae.models.fusion import FusionConfig, build_fusion
+from drorae.tracking import NullTracker
 from drorae.training import parallel
 from drorae.training.critic import Critic
 from drorae.training.diffusion import train_diffusion
+from drorae.training.evaluators import reconstruction_evaluator
 from drorae.training.jobs import AdversarialConfig, DiffusionStage, OptimConfig, TokenizerTraining
 from drorae.training.loop import LoopTools, TrainReport
 from drorae.training.parallel import unwrapped, whole
@@ -222,22 +225,35 @@ def _train(
         model = DiT(job.model)
         with torch.no_grad():
             model.final_layer.linear.weight.normal_(std=0.1)  # a fresh model is zero
-        return train_diffusion(job, model, batches, tools, stage="diffusion", seed=0), model, None
+        report = train_diffusion(job, model, batches, tools, stats=STATS, stage="diffusion", seed=0)
+        return report, model, None
     adversarial = replace(TOKENIZER.adversarial, optim=optim)
     job = replace(TOKENIZER, num_steps=task.num_steps, optim=optim, adversarial=adversarial)
     phase = _phase(task, world)
     critic = Critic(
         build_discriminator(JUDGE), job.adversarial, num_steps=job.num_steps, world=world, seed=0
     )
-    tools = replace(tools, evaluators=[partial(_look, phase)])
+    show = reconstruction_evaluator(phase, HeldOut(), world)  # pyright: ignore[reportArgumentType]
+    tools = replace(tools, evaluators=[partial(show, NullTracker())])
     report = train_tokenizer(job, phase, batches, None, tools, seed=0, critic=critic)
     return report, phase.trainable, critic
 
 
-def _look(phase: TokenizerPhase, step: int, prefix: str) -> dict[str, float]:
-    hidden = torch.randn(2, LAYERS, TOKENS, DIM, generator=torch.Generator().manual_seed(8))
-    recon = phase.decode(phase.encode(hidden).latent)
-    return {f"{prefix}/mean": recon.square().mean().item()}
+class HeldOut:
+    """Three images with their hidden states: they divide over no two ranks."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(8)
+        shape = (3, 3, SIDE, SIDE)
+        self.images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        self.hidden = torch.randn(3, LAYERS, TOKENS, DIM, generator=generator).half()
+        self.shards = SimpleNamespace(read=lambda ids: (self.images[ids], None))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, ids: np.ndarray) -> Tensor:
+        return self.hidden[ids]
 
 
 def _phase(task: Task, world: World) -> TokenizerPhase:
@@ -262,11 +278,11 @@ def _batch(name: str, step: int, world: World, seen: list[tuple[int, list[int]]]
     places = torch.from_numpy(rank_slice(torch.arange(BATCH).numpy(), world.rank, world.world_size))
     common = {"step": step, "positions": places, "ids_digest": digest_of(ids)}
     if name == "diffusion":
-        latents = torch.randn(SAMPLES, 8, 2, 2, generator=generator)
+        latents = torch.randn(SAMPLES, 8, 2, 2, generator=generator).half()
         labels = torch.randint(0, 3, (SAMPLES,), generator=generator)
         return SimpleNamespace(**common, latents=latents[mine], labels=labels[mine])
-    images = torch.rand(SAMPLES, 3, SIDE, SIDE, generator=generator)
-    hidden = torch.randn(SAMPLES, LAYERS, TOKENS, DIM, generator=generator)
+    images = torch.randint(256, (SAMPLES, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+    hidden = torch.randn(SAMPLES, LAYERS, TOKENS, DIM, generator=generator).half()
     return SimpleNamespace(**common, images=images[mine], hidden=hidden[mine])
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from loop_fakes import DIM, TOKENS, MemoryCheckpoints, Rows
+from loop_fakes import DIM, STATS, TOKENS, MemoryCheckpoints, Rows
 from test_diffusion import JOB as DIFFUSION
 from test_diffusion import make_model
 from test_tokenizer import JOB, make_decoder, make_fusion
@@ -91,7 +91,9 @@ def test_recomputation_reaches_every_network_that_knows_it(
     for network, settings in ((model, compute), (plain, Compute(log_every_steps=1))):
         log = Rows()
         tools = dataclasses.replace(make_tools(log=log), compute=settings)
-        train_diffusion(DIFFUSION, network, latent_batches(6, 6), tools, stage="diffusion", seed=0)
+        train_diffusion(
+            DIFFUSION, network, latent_batches(6, 6), tools, stats=STATS, stage="diffusion", seed=0
+        )
         losses.append(log.series("train/loss"))
     assert model.activation_checkpointing
     assert not plain.activation_checkpointing
@@ -129,7 +131,9 @@ def test_time_for_a_checkpoint_is_told_to_all_at_a_log_point(
 
     kept = Late(every=100)
     tools = dataclasses.replace(make_tools(kept), compute=Compute(log_every_steps=4))
-    train_diffusion(DIFFUSION, make_model(), latent_batches(6, 6), tools, stage="guide", seed=0)
+    train_diffusion(
+        DIFFUSION, make_model(), latent_batches(6, 6), tools, stats=STATS, stage="guide", seed=0
+    )
     assert list(kept.saved) == [4]
 
 
@@ -139,7 +143,13 @@ def test_checkpoints_of_an_older_format_are_refused(
     kept = MemoryCheckpoints(saved={3: {"step": 3, "module": {}, "history": []}})
     with pytest.raises(RuntimeError, match="guide: the training checkpoint has format 1"):
         train_diffusion(
-            DIFFUSION, make_model(), latent_batches(6, 6), make_tools(kept), stage="guide", seed=0
+            DIFFUSION,
+            make_model(),
+            latent_batches(6, 6),
+            make_tools(kept),
+            stats=STATS,
+            stage="guide",
+            seed=0,
         )
 
 

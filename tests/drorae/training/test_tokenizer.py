@@ -315,7 +315,7 @@ def test_states_that_a_batch_lacks_are_computed_outside_of_autocast(
 
     def without(start: int) -> Any:
         for batch in lacking(start):
-            states[float(batch.images.sum())] = batch.hidden
+            states[float((batch.images / 255.0).sum())] = batch.hidden.float()
             batch.hidden = None
             yield batch
 

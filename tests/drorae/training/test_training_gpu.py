@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loop_fakes import Rows
+from loop_fakes import STATS, Rows
 from test_diffusion import JOB as DIFFUSION_JOB
 from test_diffusion import make_model
 from test_tokenizer import JOB, JUDGE, make_decoder, make_fusion
@@ -76,7 +76,7 @@ def run_diffusion(device: torch.device, precision: Any, batches: Any, tools: Any
     log, model = Rows(), make_model()
     job = dataclasses.replace(DIFFUSION_JOB, precision=precision)
     tools = dataclasses.replace(tools, world=World(device=device), log=log)
-    train_diffusion(job, model, batches, tools, stage="diffusion", seed=0)
+    train_diffusion(job, model, batches, tools, stats=STATS, stage="diffusion", seed=0)
     return log
 
 
