@@ -17,7 +17,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup assets demo lint format types test test-slow chaos up down status docs check clean
+.PHONY: help setup assets demo lint format types test test-slow chaos rehearsal up down status docs check clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'\t' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ test-slow: $(STAMP) ## Only the tests that start real servers
 
 chaos: $(STAMP) ## Kill and stop processes of a running stage; a table of what came of it
 	$(BIN)/python -m tests.chaos --seed $(CHAOS_SEED) $(foreach name,$(CHAOS_ONLY),--only $(name))
+
+rehearsal: $(STAMP) ## The data plane at ImageNet's shape, over a capped network; a table of what it took
+	$(BIN)/python -m tests.rehearsal
 
 up: $(STAMP) ## Start Prefect, MLflow and Ray on this machine, and register the deployments
 	$(BIN)/python infra/local/services.py up

@@ -11,8 +11,10 @@ from rich.table import Table
 
 from drorae import recipes
 from drorae.config import field_docs, to_json
+from drorae.cost.budgets import GPU_COUNTS, Budget, Cluster, budgets
 from drorae.store.manifest import DamagedOutput, Manifest
 from drorae.store.workspace import Verify, Workspace
+from pipelines.budget_display import budgets_json, print_budgets
 from pipelines.cost_display import check_rate, cost_json, print_cost
 from pipelines.display import format_duration
 from pipelines.plan import RunPlan, Step, configuration, make_plan
@@ -30,18 +32,51 @@ def show_plan(options: argparse.Namespace, console: Console) -> int:
     wants_cost = plan.full.compute.use_gpu and not options.json
     cost = _cost(plan, options) if (wants_cost if options.cost is None else options.cost) else None
     if options.json:
-        shown = {} if cost is None else {"cost": cost_json(cost, options.peak_tflops, options.mfu)}
+        shown = {} if cost is None else {"cost": _cost_json(plan, cost, options)}
         console.print_json(json.dumps(_plan_json(plan) | shown))
         return 0
     _print_plan(plan, console)
     if cost is not None:
         print_cost(cost, options.peak_tflops, options.mfu, console)
+        _print_budgets(plan, cost, options, console)
     return 0
+
+
+def _cost_json(plan: RunPlan, cost: "RunCost", options: argparse.Namespace) -> dict[str, Any]:
+    counted = cost_json(cost, options.peak_tflops, options.mfu)
+    return counted | budgets_json(_budgets(plan, cost, options), _cluster(options))
+
+
+def _print_budgets(
+    plan: RunPlan, cost: "RunCost", options: argparse.Namespace, console: Console
+) -> None:
+    from drorae.cost.loads import shard_cpu_s  # imports torch
+
+    num_images = cost.num_train_images + cost.num_val_images
+    shards = any(step.stage == "shard" and step.must_run for step in plan.steps)
+    shard_s = shard_cpu_s(plan.full, num_images) if shards else 0.0
+    print_budgets(_budgets(plan, cost, options), _cluster(options), shard_s, console)
+
+
+def _budgets(plan: RunPlan, cost: "RunCost", options: argparse.Namespace) -> list[Budget]:
+    from drorae.cost.loads import count_loads  # imports torch
+
+    loads = count_loads(plan.full, cost, options.peak_tflops, options.mfu)
+    return budgets(loads, GPU_COUNTS, _cluster(options))
+
+
+def _cluster(options: argparse.Namespace) -> Cluster:
+    return Cluster(
+        gpus_per_node=options.gpus_per_node,
+        cores_per_gpu=options.cores_per_gpu,
+        network_gbps=options.network_gbps,
+    )
 
 
 def _cost(plan: RunPlan, options: argparse.Namespace) -> "RunCost | None":
     """What would run; None if that is nothing."""
     check_rate(options.peak_tflops, options.mfu)
+    _cluster(options)  # refuses one that cannot be before the seconds below
     stages = [step.stage for step in plan.steps if step.must_run]
     if not stages:
         return None

@@ -152,6 +152,24 @@ def _add_cost(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="training images (default: those of CIFAR-10 or ImageNet-1k)",
     )
+    for name, meaning, default in (
+        ("gpus-per-node", "GPUs that share a network connection", 8),
+        ("cores-per-gpu", "CPU cores for each GPU", 12),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=_positive,
+            default=default,
+            metavar="N",
+            help=f"{meaning} (default: {default})",
+        )
+    parser.add_argument(
+        "--network-gbps",
+        type=float,
+        default=100.0,
+        metavar="N",
+        help="network of a node, 10^9 bits a second (default: 100)",
+    )
 
 
 def _add_status(group: "argparse._SubParsersAction") -> None:
