@@ -32,7 +32,8 @@ def _can_retry(_task: Task, _run: TaskRun, state: State) -> bool:
     """Retry what may work the next time; never a user's error or a run that was stopped."""
     error = state.result(raise_on_failure=False)
     return not (
-        isinstance(error, Stopped) or (isinstance(error, StageFailed) and error.error.is_user_error)
+        isinstance(error, Stopped | ValueError)
+        or (isinstance(error, StageFailed) and error.error.is_user_error)
     )
 
 

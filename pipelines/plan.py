@@ -95,6 +95,12 @@ class RunPlan:
         """Whether nothing has to run."""
         return not any(step.must_run for step in self.steps)
 
+    def stages_to_run(self) -> tuple[stages.Stage, ...]:
+        """Return the stages that this run builds."""
+        return tuple(
+            stages.find_stage(step.stage, stages.STAGES) for step in self.steps if step.must_run
+        )
+
     def input_keys(self, stage: stages.Stage) -> dict[str, str]:
         """Return the keys of the inputs of a stage."""
         return {name: self.keys[name] for name in stages.needs_of(self.full, stage, self.keys)}
@@ -118,8 +124,8 @@ def make_plan(request: Request) -> RunPlan:
     """Compare a configuration with the workspace.
 
     Raises:
-        ValueError: For an unknown recipe, path or stage, or when `only` or `from_stage` leaves out
-            something missing.
+        ValueError: For an unknown recipe, path or stage, when `only` or `from_stage` leaves out
+            something missing, or when a stage cannot work with an output that is there.
         FileNotFoundError: If the workspace's bucket does not exist.
     """
     full = configuration(request.recipe, request.overrides)
@@ -134,6 +140,7 @@ def make_plan(request: Request) -> RunPlan:
         steps[stage.name] = _with_wishes(step, stage, request, steps)
     plan = RunPlan(request=request, full=full, keys=keys, steps=tuple(steps.values()))
     _check_inputs(plan)
+    _check_outputs(plan, workspace)
     return plan
 
 
@@ -238,6 +245,15 @@ def _with_wishes(
         reason = f"{', '.join(changed)} is built again by changed code"
         return dataclasses.replace(step, state="code changed", reason=reason)
     return step
+
+
+def _check_outputs(plan: RunPlan, workspace: Workspace) -> None:
+    asking = plan.stages_to_run()
+    for step in plan.steps:
+        if any(step.stage in stage.checks for stage in asking):
+            is_there = step.state == "present"
+            output = workspace.find(step.stage, step.key, verify="none") if is_there else None
+            stages.check_output(plan.full, step.stage, output, asking)
 
 
 def _check_inputs(plan: RunPlan) -> None:

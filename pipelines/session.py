@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from drorae.config import to_json
-from drorae.store.workspace import Workspace
+from drorae.store.workspace import StageOutput, Workspace
 from pipelines import stages
 from pipelines.attempt import JobSpec
 from pipelines.code_version import entry_digest
@@ -110,6 +110,7 @@ class Session:
         Raises:
             StageFailed: If its job ends badly.
             Stopped: If the run was asked to end.
+            ValueError: If a later stage cannot work with the output.
         """
         step = self._steps[name]
         if not step.must_run:
@@ -124,6 +125,7 @@ class Session:
             self._display.started(name)
             outcome = self._launch(stage, step)
             self._record(step, outcome, time.monotonic() - started_s)
+        stages.check_output(self.plan.full, name, self._find(step), self.plan.stages_to_run())
         return self.outcomes[name].uri
 
     def stop(self) -> None:
@@ -179,9 +181,13 @@ class Session:
             run_ids={name: value for name, value in run_ids.items() if value},
         )
 
-    def _record(self, step: Step, outcome: str, wall_s: float) -> None:
+    def _find(self, step: Step) -> StageOutput:
         output = self._workspace.find(step.stage, step.key, verify="none")
         assert output is not None
+        return output
+
+    def _record(self, step: Step, outcome: str, wall_s: float) -> None:
+        output = self._find(step)
         self._display.finished(step.stage, outcome, wall_s)
         self.outcomes[step.stage] = Outcome(
             stage=step.stage,

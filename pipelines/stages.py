@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from drorae.config import to_json
+from drorae.recipes.data_check import check_classes, check_evaluation, check_validation
 from drorae.store.keys import stage_key
+from drorae.store.workspace import StageOutput
+
+Check = Callable[[Any, StageOutput | None, str], None]
+"""Called with the full configuration, an output (None while it is not there) and the name of the
+stage that asks; raises ValueError."""
 
 
 def _always(full: Any) -> bool:
@@ -28,6 +34,11 @@ def _with_guide(full: Any) -> bool:
 
 def _is_trained(full: Any) -> bool:
     return not full.decoder.released
+
+
+def _check_trained(full: Any, shards: StageOutput | None, stage: str) -> None:
+    if _is_trained(full):
+        check_validation(full, shards, stage)
 
 
 def _uses_imported_stats(full: Any) -> bool:
@@ -47,6 +58,8 @@ class Stage:
         enabled: Whether this configuration has the stage at all.
         needs_if: Needs that only some configurations have: a name in `needs`, and when it counts.
         uses_ray: Whether a local Ray has to be up for it when no cluster is given.
+        checks: What it asks of outputs, by the stage that makes them (a need or not): checked when
+            a run is planned, and as soon as that output is made.
     """
 
     name: str
@@ -57,6 +70,7 @@ class Stage:
     enabled: Callable[[Any], bool] = _always
     needs_if: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     uses_ray: bool = True
+    checks: Mapping[str, Check] = field(default_factory=dict)
 
 
 STAGES: tuple[Stage, ...] = (
@@ -71,6 +85,7 @@ STAGES: tuple[Stage, ...] = (
         needs=("shard",),
         sections=("seed", "encoder", "decoder"),
         entry="drorae.training.stages:run_decoder",
+        checks={"shard": _check_trained},
         needs_if={"shard": _is_trained},
     ),
     Stage(
@@ -78,18 +93,21 @@ STAGES: tuple[Stage, ...] = (
         needs=("shard", "decoder"),
         sections=("seed", "encoder", "fusion"),
         entry="drorae.training.stages:run_fusion",
+        checks={"shard": check_validation},
     ),
     Stage(
         name="finetune",
         needs=("shard", "decoder", "fusion"),
         sections=("seed", "encoder", "finetune"),
         entry="drorae.training.stages:run_finetune",
+        checks={"shard": check_validation},
     ),
     Stage(
         name="control",
         needs=("shard", "decoder"),
         sections=("seed", "encoder", "control"),
         entry="drorae.training.stages:run_control",
+        checks={"shard": check_validation},
         enabled=_with_control,
     ),
     Stage(
@@ -104,12 +122,14 @@ STAGES: tuple[Stage, ...] = (
         needs=("latents",),
         sections=("seed", "diffusion"),
         entry="drorae.training.stages:run_diffusion",
+        checks={"shard": check_classes},
     ),
     Stage(
         name="guide",
         needs=("latents",),
         sections=("seed", "guide"),
         entry="drorae.training.stages:run_guide",
+        checks={"shard": check_classes},
         enabled=_with_guide,
     ),
     Stage(
@@ -120,6 +140,7 @@ STAGES: tuple[Stage, ...] = (
         ),
         sections=("seed", "encoder", "evaluate"),
         entry="drorae.evaluation.stages:run_evaluate",
+        checks={"shard": check_evaluation},
     ),
     Stage(
         name="report",
@@ -167,6 +188,23 @@ def needs_of(full: Any, stage: Stage, enabled: Mapping[str, str]) -> tuple[str, 
     return tuple(
         name for name in stage.needs if name in enabled and stage.needs_if.get(name, _always)(full)
     )
+
+
+def check_output(full: Any, name: str, output: StageOutput | None, asking: Sequence[Stage]) -> None:
+    """Check the output of stage `name` for the stages that will run.
+
+    Args:
+        full: The configuration.
+        name: Stage that makes the output.
+        output: Its output; None while it is not there, which leaves what the configuration says.
+        asking: The stages that will run.
+
+    Raises:
+        ValueError: If a stage could not work with it.
+    """
+    for stage in asking:
+        if name in stage.checks:
+            stage.checks[name](full, output, stage.name)
 
 
 def section_values(full: Any, stage: Stage) -> dict[str, Any]:

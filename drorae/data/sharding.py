@@ -69,7 +69,10 @@ def run_shard(
     for split in ("train", "val"):
         tasks = _part_tasks(shard, split, chosen[split].rows, decoded, labels)
         entries[split] = _write_split(ctx, shard, split, tasks, executor)
-    return _finish(ctx, shard, listing, entries, rejects)
+    class_rows = {
+        split: _class_rows(choice.rows, listing.class_names) for split, choice in chosen.items()
+    }
+    return _finish(ctx, shard, listing, entries, class_rows, rejects)
 
 
 def _list(job: ShardJob) -> Listing:
@@ -185,7 +188,7 @@ def _check_not_empty(
     if wants_val and not chosen["val"].rows:
         raise ValueError(
             f"shard.val_fraction={job.val_fraction:g} of {len(chosen['train'].rows)} images leaves "
-            "no validation image: raise it, set shard.val_source, or set it to 0 for no validation."
+            "no validation image: raise it, or set shard.val_source."
         )
 
 
@@ -229,16 +232,26 @@ def _write_split(
     )
 
 
+def _class_rows(rows: Sequence[Candidate], class_names: Sequence[str]) -> list[int]:
+    """Images of each class, by label."""
+    found = Counter(candidate.class_name for candidate in rows)
+    return [found[name] for name in class_names]
+
+
 def _finish(
     ctx: StageContext,
     job: ShardJob,
     listing: Listing,
     entries: dict[str, list[dict[str, Any]]],
+    class_rows: dict[str, list[int]],
     rejects: Sequence[tuple[str, str]],
 ) -> StageResult:
     shards = {split: [entry["rows"] for entry in entries[split]] for split in entries}
     counts = {
-        **{s: {"rows": sum(rows), "shards": rows} for s, rows in shards.items()},
+        **{
+            split: {"rows": sum(rows), "shards": rows, "class_rows": class_rows[split]}
+            for split, rows in shards.items()
+        },
         "rejected": len(rejects),
         "class_names": list(listing.class_names),
         "resolution_px": job.resolution_px,

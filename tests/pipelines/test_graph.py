@@ -1,10 +1,12 @@
 """The flow on a real Prefect server, with stages that only write a file."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fake_graph import stages as fake
 
+from drorae.store.workspace import StageOutput
 from pipelines import cli, graph
 from pipelines.launch import StageFailed
 
@@ -51,6 +53,23 @@ def test_a_failure_is_retried_as_a_new_attempt(workspace: Path) -> None:
     run(workspace, "b.fail_attempts=1")
     starts = [e["attempt"] for e in fake.events() if (e["stage"], e["event"]) == ("b", "start")]
     assert starts == [1, 2]
+
+
+def test_what_a_later_stage_cannot_use_ends_the_run_before_that_stage(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(full: fake.FakeJob, output: StageOutput | None, stage: str) -> None:
+        if output is not None:
+            raise ValueError(f"stage {stage} cannot use {output.manifest.stage}")
+
+    table = tuple(replace(s, checks={"a": refuse}) if s.name == "d" else s for s in fake.TABLE)
+    monkeypatch.setattr("pipelines.stages.STAGES", table)
+    with pytest.raises(ValueError, match="stage d cannot use a"):
+        run(workspace)
+    assert fake.built() == ["a"]
+    with pytest.raises(ValueError, match="stage d cannot use a"):
+        run(workspace)
+    assert set(run(workspace, "with_d=false")) == {"a", "b", "c", "report"}
 
 
 def test_a_users_error_is_not_retried_and_the_rest_goes_on(workspace: Path) -> None:
