@@ -9,7 +9,7 @@ import errno
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from drorae.config import from_json, to_json
@@ -40,6 +40,8 @@ class JobSpec:
     """The full configuration as JSON."""
     input_keys: dict[str, str]
     """Key of every input, by stage name."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Digest of what each image source contained when the run was planned, by its setting."""
     code_digest: str
     """Digest of the code when the run was planned."""
     force: bool = False

@@ -20,7 +20,7 @@ from pipelines import stages
 from pipelines.artifacts import publish
 from pipelines.launch import StageFailed, Stopped
 from pipelines.plan import Request, RunPlan, default_workspace, make_plan
-from pipelines.session import SESSION, Session
+from pipelines.session import CONTROLS, SESSION, Session
 
 RETRY_DELAY_S = 3
 # A task holds its thread while it waits for its inputs, so every stage needs one.
@@ -85,7 +85,9 @@ def drorae(
         strict_code=strict_code,
     )
     Workspace(request.workspace).check()
-    session = Session(make_plan(request), jobs, str(flow_run.id or ""))
+    controls = CONTROLS.get()
+    plan = make_plan(request, controls.sources if controls else None)
+    session = Session(plan, jobs, str(flow_run.id or ""))
     token = SESSION.set(session)
     try:
         futures = _submit(session.plan, retries)

@@ -20,6 +20,7 @@ from pipelines.launch_ray import RayJobLauncher
 from pipelines.plan import RunPlan, Step
 from pipelines.runs import TrackedRuns, tracking_uri
 from pipelines.slots import Slots
+from pipelines.sources import Sources, keep
 
 RAY_ADDRESS_VARIABLE = "DRORAE_RAY_ADDRESS"
 
@@ -50,6 +51,8 @@ class Controls:
     """Set to end the run; its stage jobs end and can be continued."""
     outcomes: dict[str, "Outcome"] = field(default_factory=dict)
     """Filled by the run: how each stage ended, by name."""
+    sources: Sources | None = None
+    """What the caller's plan found in the image sources; None: the run looks at them."""
 
 
 CONTROLS: ContextVar[Controls | None] = ContextVar("controls", default=None)
@@ -139,6 +142,8 @@ class Session:
         self._runs.close("FINISHED" if is_done else "FAILED")
 
     def _launch(self, stage: stages.Stage, step: Step) -> str:
+        if stage.sources:
+            keep(self.plan.sources, self._workspace)
         spec = self._spec(stage, step)
         try:
             result = self._launcher.run(
@@ -175,6 +180,7 @@ class Session:
             config_type=f"{type(full).__module__}:{type(full).__qualname__}",
             config=to_json(full),
             input_keys=self.plan.input_keys(stage),
+            sources=stages.source_digests(stage, self.plan.sources),
             code_digest=entry_digest(stage.entry),
             force=step.state in ("forced", "code changed"),
             tracking_uri=self._runs.uri,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from drorae.config import to_json
+from drorae.data.fingerprint import Fingerprint
 from drorae.recipes.data_check import check_classes, check_evaluation, check_validation
 from drorae.store.keys import stage_key
 from drorae.store.workspace import StageOutput
@@ -18,6 +19,9 @@ from drorae.store.workspace import StageOutput
 Check = Callable[[Any, StageOutput | None, str], None]
 """Called with the full configuration, an output (None while it is not there) and the name of the
 stage that asks; raises ValueError."""
+
+SOURCES = "sources"
+"""Name under which a manifest's configuration holds the digests of the sources."""
 
 
 def _always(full: Any) -> bool:
@@ -58,6 +62,8 @@ class Stage:
         enabled: Whether this configuration has the stage at all.
         needs_if: Needs that only some configurations have: a name in `needs`, and when it counts.
         uses_ray: Whether a local Ray has to be up for it when no cluster is given.
+        sources: Settings that name image sources, such as `shard.source`: the key covers what they
+            contain, not where they lie.
         checks: What it asks of outputs, by the stage that makes them (a need or not): checked when
             a run is planned, and as soon as that output is made.
     """
@@ -70,6 +76,7 @@ class Stage:
     enabled: Callable[[Any], bool] = _always
     needs_if: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     uses_ray: bool = True
+    sources: tuple[str, ...] = ()
     checks: Mapping[str, Check] = field(default_factory=dict)
 
 
@@ -79,6 +86,7 @@ STAGES: tuple[Stage, ...] = (
         needs=(),
         sections=("shard",),
         entry="drorae.data.sharding:run_shard",
+        sources=("shard.source", "shard.val_source"),
     ),
     Stage(
         name="decoder",
@@ -217,21 +225,50 @@ def section_json(full: Any, stage: Stage) -> dict[str, Any]:
     return {name: to_json(value) for name, value in section_values(full, stage).items()}
 
 
-def key_json(full: Any, stage: Stage) -> dict[str, Any]:
-    """Return what the key covers of it: a section with a method `for_key` says that itself."""
+def setting(full: Any, path: str) -> Any:
+    """Return the value of a setting such as `shard.source`."""
+    section, _, name = path.partition(".")
+    return getattr(getattr(full, section), name)
+
+
+def source_digests(stage: Stage, sources: Mapping[str, Fingerprint]) -> dict[str, str]:
+    """Return the digests of the sources that a stage reads, by the path of their setting."""
+    return {path: sources[path].digest for path in stage.sources if path in sources}
+
+
+def key_json(
+    full: Any, stage: Stage, sources: Mapping[str, Fingerprint] | None = None
+) -> dict[str, Any]:
+    """Return what the key covers of it: a section with a method `for_key` says that itself.
+
+    Args:
+        full: The configuration.
+        stage: The stage.
+        sources: What its sources contain, by the path of their setting; a source that is not there
+            counts by its address.
+    """
     values = section_values(full, stage)
-    return {
+    covered = {
         name: to_json(value.for_key() if hasattr(value, "for_key") else value)
         for name, value in values.items()
     }
+    for path, digest in source_digests(stage, sources or {}).items():
+        section, _, name = path.partition(".")
+        covered[section][name] = digest
+    return covered
 
 
-def stage_keys(full: Any, table: Sequence[Stage] = STAGES) -> dict[str, str]:
-    """Return the key of every enabled stage, in topological order."""
+def stage_keys(
+    full: Any,
+    table: Sequence[Stage] = STAGES,
+    sources: Mapping[str, Fingerprint] | None = None,
+) -> dict[str, str]:
+    """Return the key of every enabled stage, in topological order; `sources` as in `key_json`."""
     keys: dict[str, str] = {}
     for stage in enabled_stages(full, table):
         inputs = {name: keys[name] for name in needs_of(full, stage, keys)}
-        keys[stage.name] = stage_key(stage.name, stage.version, key_json(full, stage), inputs)
+        covered = key_json(full, stage, sources)
+        keys[stage.name] = stage_key(stage.name, stage.version, covered, inputs)
     return keys
 
 

@@ -105,6 +105,11 @@ class Workspace:
         if errors.is_s3(uri):
             errors.split(uri)
             uri = uri.rstrip("/")
+            if "?versionId=" in uri or "//" in uri.removeprefix("s3://"):
+                raise ValueError(
+                    f"workspace {self.uri!r} holds ?versionId= or //, which S3 clients read in "
+                    "different ways: expected s3://bucket/prefix without them."
+                )
         else:
             uri = os.path.abspath(os.path.expanduser(uri))
         object.__setattr__(self, "uri", uri)
