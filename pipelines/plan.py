@@ -192,7 +192,8 @@ def _step(
     config = stages.section_json(full, stage)
     state, reason, found = _look(stage, key, workspace)
     if state == "missing":
-        reason = _why_missing(stage, config, sources, workspace, earlier)
+        read = {path: sources[path] for path in stage.sources(full) if path in sources}
+        reason = _why_missing(stage, config, read, workspace, earlier)
     return Step(
         stage=stage.name,
         key=key,
@@ -238,7 +239,7 @@ def _why_missing(
     if last.version != str(stage.version):
         return f"stage version {last.version} -> {stage.version}"
     before = {name: value for name, value in last.config.items() if name != stages.SOURCES}
-    changes = [*_source_changes(stage, sources, workspace, last)]
+    changes = [*_source_changes(sources, workspace, last)]
     changes += [f"{path} {old!r} -> {new!r}" for path, old, new in _changes(before, config)]
     if not changes:
         return "an input changed"
@@ -248,15 +249,12 @@ def _why_missing(
     return ", ".join(changes[:MAX_CHANGES_SHOWN]) + more
 
 
-def _source_changes(
-    stage: stages.Stage, sources: Sources, workspace: Workspace, last: Manifest
-) -> Iterator[str]:
+def _source_changes(sources: Sources, workspace: Workspace, last: Manifest) -> Iterator[str]:
     digests = last.config.get(stages.SOURCES, {})
-    for path in stage.sources:
-        if path in sources:
-            told = image_sources.describe_change(path, digests.get(path), sources[path], workspace)
-            if told:
-                yield told
+    for path, now in sources.items():
+        told = image_sources.describe_change(path, digests.get(path), now, workspace)
+        if told:
+            yield told
 
 
 def _changes(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:

@@ -142,8 +142,8 @@ class Session:
         self._runs.close("FINISHED" if is_done else "FAILED")
 
     def _launch(self, stage: stages.Stage, step: Step) -> str:
-        if stage.sources:
-            keep(self.plan.sources, self._workspace)
+        read = stage.sources(self.plan.full)
+        keep([f for p, f in self.plan.sources.items() if p in read], self._workspace)
         spec = self._spec(stage, step)
         try:
             result = self._launcher.run(
@@ -180,7 +180,7 @@ class Session:
             config_type=f"{type(full).__module__}:{type(full).__qualname__}",
             config=to_json(full),
             input_keys=self.plan.input_keys(stage),
-            sources=stages.source_digests(stage, self.plan.sources),
+            sources=stages.source_digests(full, stage, self.plan.sources),
             code_digest=entry_digest(stage.entry),
             force=step.state in ("forced", "code changed"),
             tracking_uri=self._runs.uri,

@@ -1,12 +1,15 @@
-"""What the image sources of a configuration contain: looked at once per run, when it is planned.
+"""What the sources of a configuration contain: looked at once per run, when it is planned.
+
+Sources are images and pretrained weights that a setting names.
 
 The digests are part of the keys of the stages that read sources, and stand in their manifests. The
 list of files behind a digest is kept at <workspace>/sources/<digest>, 24 bytes a file (31 MB for
 ImageNet), so that a later plan can say what changed.
 """
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from drorae.data.fingerprint import Fingerprint, fingerprint, unseen
@@ -48,9 +51,9 @@ def look(full: Any, built: Sequence[Manifest], *, reads_only: bool = False) -> S
     return found
 
 
-def keep(sources: Sources, workspace: Workspace) -> None:
+def keep(sources: Iterable[Fingerprint], workspace: Workspace) -> None:
     """Write the lists of files into the workspace, where they are not there yet."""
-    for found in sources.values():
+    for found in sources:
         uri = _list_uri(found.digest, workspace)
         if len(found.rows) and not files.exists(uri):
             files.write_bytes(uri, found.encode())
@@ -67,9 +70,9 @@ def describe_change(
         now: What it contains now.
         workspace: Where lists of files are kept.
     """
-    if before is None or before == now.digest:
+    if before is None or before == now.digest or now.is_unseen:
         return None
-    name = path.rpartition(".")[2]
+    name = path.removeprefix("shard.")
     try:
         data = files.read_bytes(_list_uri(before, workspace))
     except FileNotFoundError:
@@ -82,18 +85,21 @@ def _named(full: Any) -> list[tuple[str, str]]:
     given = [
         (path, stages.setting(full, path))
         for stage in stages.enabled_stages(full, stages.STAGES)
-        for path in stage.sources
+        for path in stage.sources(full)
     ]
-    return [(path, source) for path, source in given if source]
+    return [(path, source) for path, source in dict(given).items() if source]
 
 
 def _last_used(path: str, source: str, built: Sequence[Manifest]) -> Fingerprint | None:
-    section, _, name = path.partition(".")
     for manifest in reversed(built):
         digest = manifest.config.get(stages.SOURCES, {}).get(path)
-        if digest and manifest.config[section][name] == source:
+        if digest and _setting_json(manifest.config, path) == source:
             return Fingerprint.decode(digest, b"")
     return None
+
+
+def _setting_json(config: Any, path: str) -> Any:
+    return functools.reduce(lambda json, name: json[name], path.split("."), config)
 
 
 def _list_uri(digest: str, workspace: Workspace) -> str:

@@ -6,6 +6,7 @@ flow all read this table. Raise a stage's `version` when its code changes what i
 """
 
 import difflib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,21 @@ def _is_trained(full: Any) -> bool:
     return not full.decoder.released
 
 
+def _no_sources(full: Any) -> tuple[str, ...]:
+    return ()
+
+
+def _tokenizer_sources(full: Any, section: str) -> tuple[str, ...]:
+    has_critic = getattr(full, section).train.adversarial.weight > 0
+    critic = (f"{section}.train.adversarial.discriminator.source",) if has_critic else ()
+    return ("encoder.source", *critic)
+
+
+def _measure_sources(full: Any) -> tuple[str, ...]:
+    has_file = full.evaluate.feature_extractor == "inception-v3"
+    return ("encoder.source", *(("evaluate.inception_weights_path",) if has_file else ()))
+
+
 def _check_trained(full: Any, shards: StageOutput | None, stage: str) -> None:
     if _is_trained(full):
         check_validation(full, shards, stage)
@@ -62,8 +78,8 @@ class Stage:
         enabled: Whether this configuration has the stage at all.
         needs_if: Needs that only some configurations have: a name in `needs`, and when it counts.
         uses_ray: Whether a local Ray has to be up for it when no cluster is given.
-        sources: Settings that name image sources, such as `shard.source`: the key covers what they
-            contain, not where they lie.
+        sources: Settings that name images or weights, such as `shard.source`: the key covers what
+            they contain, not where they lie.
         checks: What it asks of outputs, by the stage that makes them (a need or not): checked when
             a run is planned, and as soon as that output is made.
     """
@@ -76,7 +92,7 @@ class Stage:
     enabled: Callable[[Any], bool] = _always
     needs_if: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     uses_ray: bool = True
-    sources: tuple[str, ...] = ()
+    sources: Callable[[Any], tuple[str, ...]] = _no_sources
     checks: Mapping[str, Check] = field(default_factory=dict)
 
 
@@ -86,13 +102,14 @@ STAGES: tuple[Stage, ...] = (
         needs=(),
         sections=("shard",),
         entry="drorae.data.sharding:run_shard",
-        sources=("shard.source", "shard.val_source"),
+        sources=lambda full: ("shard.source", "shard.val_source"),
     ),
     Stage(
         name="decoder",
         needs=("shard",),
         sections=("seed", "encoder", "decoder"),
         entry="drorae.training.stages:run_decoder",
+        sources=lambda full: _tokenizer_sources(full, "decoder"),
         checks={"shard": _check_trained},
         needs_if={"shard": _is_trained},
     ),
@@ -101,6 +118,7 @@ STAGES: tuple[Stage, ...] = (
         needs=("shard", "decoder"),
         sections=("seed", "encoder", "fusion"),
         entry="drorae.training.stages:run_fusion",
+        sources=lambda full: _tokenizer_sources(full, "fusion"),
         checks={"shard": check_validation},
     ),
     Stage(
@@ -108,6 +126,7 @@ STAGES: tuple[Stage, ...] = (
         needs=("shard", "decoder", "fusion"),
         sections=("seed", "encoder", "finetune"),
         entry="drorae.training.stages:run_finetune",
+        sources=lambda full: _tokenizer_sources(full, "finetune"),
         checks={"shard": check_validation},
     ),
     Stage(
@@ -115,6 +134,7 @@ STAGES: tuple[Stage, ...] = (
         needs=("shard", "decoder"),
         sections=("seed", "encoder", "control"),
         entry="drorae.training.stages:run_control",
+        sources=lambda full: _tokenizer_sources(full, "control"),
         checks={"shard": check_validation},
         enabled=_with_control,
     ),
@@ -123,6 +143,7 @@ STAGES: tuple[Stage, ...] = (
         needs=("shard", "decoder", "fusion"),
         sections=("encoder", "latents"),
         entry="drorae.data.latents:run_latents",
+        sources=lambda full: ("encoder.source",),
         needs_if={"decoder": _uses_imported_stats},
     ),
     Stage(
@@ -148,6 +169,7 @@ STAGES: tuple[Stage, ...] = (
         ),
         sections=("seed", "encoder", "evaluate"),
         entry="drorae.evaluation.stages:run_evaluate",
+        sources=_measure_sources,
         checks={"shard": check_evaluation},
     ),
     Stage(
@@ -227,13 +249,12 @@ def section_json(full: Any, stage: Stage) -> dict[str, Any]:
 
 def setting(full: Any, path: str) -> Any:
     """Return the value of a setting such as `shard.source`."""
-    section, _, name = path.partition(".")
-    return getattr(getattr(full, section), name)
+    return functools.reduce(getattr, path.split("."), full)
 
 
-def source_digests(stage: Stage, sources: Mapping[str, Fingerprint]) -> dict[str, str]:
+def source_digests(full: Any, stage: Stage, sources: Mapping[str, Fingerprint]) -> dict[str, str]:
     """Return the digests of the sources that a stage reads, by the path of their setting."""
-    return {path: sources[path].digest for path in stage.sources if path in sources}
+    return {path: sources[path].digest for path in stage.sources(full) if path in sources}
 
 
 def key_json(
@@ -252,9 +273,11 @@ def key_json(
         name: to_json(value.for_key() if hasattr(value, "for_key") else value)
         for name, value in values.items()
     }
-    for path, digest in source_digests(stage, sources or {}).items():
-        section, _, name = path.partition(".")
-        covered[section][name] = digest
+    for path, digest in source_digests(full, stage, sources or {}).items():
+        *sections, name = path.split(".")
+        inside = functools.reduce(lambda json, key: json.get(key, {}), sections, covered)
+        if name in inside:  # an imported decoder's key leaves its training out
+            inside[name] = digest
     return covered
 
 

@@ -17,7 +17,7 @@ def build_all(workspace: Path, full: fake.FakeJob, **fields: object) -> None:
     """Build every stage of the fake graph in this process."""
     store, sources = Workspace(str(workspace)), look(full, [])
     keys = stages.stage_keys(full, fake.TABLE, sources)
-    keep(sources, store)
+    keep(sources.values(), store)
     for stage in stages.enabled_stages(full, fake.TABLE):
         inputs = {name: keys[name] for name in stages.needs_of(full, stage, keys)}
         ctx = StageContext(
@@ -30,7 +30,7 @@ def build_all(workspace: Path, full: fake.FakeJob, **fields: object) -> None:
         given = {
             "version": stage.version,
             "config": stages.section_json(full, stage)
-            | {stages.SOURCES: stages.source_digests(stage, sources)},
+            | {stages.SOURCES: stages.source_digests(full, stage, sources)},
             "input_keys": inputs,
             "code_digest": code_version.entry_digest(stage.entry),
         }

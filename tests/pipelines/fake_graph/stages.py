@@ -66,7 +66,7 @@ def _stage(name: str, *needs: str, **more) -> Stage:
 
 
 TABLE = (
-    _stage("a", sources=("a.source",)),
+    _stage("a", sources=lambda full: ("a.source",)),
     _stage("b", "a"),
     _stage("c", "b"),
     _stage("d", "b", enabled=lambda full: full.with_d),
