@@ -45,7 +45,7 @@ def look(full: Any, built: Sequence[Manifest], *, reads_only: bool = False) -> S
             found[path] = known
             continue
         try:
-            found[path] = fingerprint(source)
+            found[path] = fingerprint(source, reads_all=not path.startswith("shard."))
         except FileNotFoundError:
             found[path] = known or unseen(source)
     return found

@@ -3,6 +3,7 @@
 <workspace>/stages/<stage>/<key>/manifest.json   committed outputs (no manifest, no output)
 <workspace>/stages/<stage>/<key>/_work/          checkpoints and markers of an unfinished attempt
 <workspace>/leases/<stage>-<key>.json            who writes an output now
+<workspace>/sources/<digest>                     files of a source that a stage has read, hashed
 <workspace>/logs/<stage>/<key>/attempt-1.log     logs (in the user's cache for s3://)
 """
 

@@ -12,8 +12,9 @@ from drorae.data.sharding import run_shard
 from drorae.store.context import StageContext
 from drorae.store.stage_run import run_once
 from drorae.store.workspace import Workspace
-from pipelines import cli
+from pipelines import cli, stages
 from pipelines.plan import Request, make_plan
+from pipelines.sources import keep
 
 SMALL = ("evaluate.num_val_images=2",)
 Drorae = Callable[..., int]
@@ -35,12 +36,17 @@ def build_shards(workspace: Path, overrides: tuple[str, ...]) -> None:
     plan = make_plan(Request(overrides=overrides, workspace=str(workspace), only="shard"))
     store, key = Workspace(str(workspace)), plan.keys["shard"]
     ctx = StageContext(stage="shard", key=key, output_uri=store.stage_uri("shard", key))
+    stage, full = stages.find_stage("shard"), plan.full
+    digests = stages.source_digests(full, stage, plan.sources)
+    config = stages.section_json(full, stage) | {stages.SOURCES: digests}
+    fields = {"version": stage.version, "config": config, "input_keys": {}, "code_digest": ""}
+    keep(plan.sources.values(), store)
     run_once(
         store,
         "shard",
         key,
-        lambda: run_shard(ctx, shard=plan.full.shard, executor=run_in_process),
-        manifest_fields={"version": "1", "config": {}, "input_keys": {}, "code_digest": ""},
+        lambda: run_shard(ctx, shard=full.shard, executor=run_in_process),
+        manifest_fields=fields,
     )
 
 
@@ -144,6 +150,24 @@ def test_a_cap_below_the_wanted_validation_images_needs_no_shards(
     words = ["plan", "--set", "shard.max_val_images=50", "--workspace", str(tmp_path)]
     assert cli.main(words) == 2
     assert "evaluate.num_val_images=400 of 50 validation images" in capsys.readouterr().err
+
+
+def test_plan_counts_what_changed_in_the_source(
+    tmp_path: Path,
+    planned: Callable[..., tuple[int, str]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    photos = make_photos(tmp_path / "photos", 10)
+    assert planned(photos) == (0, "")
+    (photos / "class00" / "0.png").rename(photos / "class00" / "other.png")
+    (photos / "class01" / "0.png").write_bytes((photos / "class01" / "1.png").read_bytes())
+    sets = [f"shard.source={photos}", "shard.val_fraction=0.3", *SMALL]
+    words = [word for text in sets for word in ("--set", text)]
+    assert cli.main(["plan", *words, "--workspace", str(tmp_path / "workspace")]) == 0
+    said = capsys.readouterr().out
+    assert "missing: source changed: 1 file added, 1 removed, 1 changed" in said
 
 
 def test_a_kernel_distance_needs_two_images(

@@ -70,7 +70,7 @@ def test_a_run_builds_again_what_its_plan_says(workspace: Path, tmp_path: Path) 
         overrides=(f"a.source={photos}", "with_d=false"),
     )
     plan = make_plan(wanted)
-    assert plan.steps[0].reason == "source changed: 1 file added, 0 removed, 0 changed"
+    assert plan.steps[0].reason == "a.source changed: 1 file added, 0 removed, 0 changed"
     run(workspace, *wanted.overrides)
     assert fake.built()[7:] == [step.stage for step in plan.steps]
 

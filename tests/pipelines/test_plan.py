@@ -200,7 +200,7 @@ def test_a_changed_source_is_told_with_its_counts(
     for name in ("x.png", "y.png"):
         (photos / name).write_text(name)
     steps = {step.stage: step for step in make_plan(request).steps}
-    assert steps["a"].reason == "source changed: 2 files added, 1 removed, 1 changed"
+    assert steps["a"].reason == "a.source changed: 2 files added, 1 removed, 1 changed"
     assert all(step.must_run for step in steps.values())
 
 

@@ -117,6 +117,19 @@ def test_touching_a_small_source_changes_nothing(tmp_path: Path) -> None:
     assert fingerprint(str(tmp_path)).digest == before
 
 
+def test_weights_are_known_by_content_whatever_their_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprints, "SMALL_BYTES", 0)
+    monkeypatch.setattr(fingerprints, "SMALL_FILES", 0)
+    add(tmp_path)
+    before = fingerprint(str(tmp_path), reads_all=True).digest
+    os.utime(tmp_path / "new.png", (5, 5))
+    assert fingerprint(str(tmp_path), reads_all=True).digest == before
+    (tmp_path / "new.png").write_text("wen")
+    assert fingerprint(str(tmp_path), reads_all=True).digest != before
+
+
 def test_a_source_that_grew_large_still_tells_what_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
