@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -324,9 +325,9 @@ def override(config: T, assignments: Sequence[str]) -> T:
 
     A path may leave out inner sections when exactly one field fits: `fusion.expert_hidden` is
     `fusion.model.expert_hidden`. Values are JSON (`1e-4`, `true`, `[1,2]`, `null`); what is no JSON
-    is taken as text. All assignments are applied before any class checks itself, so that fields
-    which have to fit each other can change together, in any order. Of two for one field the later
-    wins.
+    is taken as text, with `~` for the home folder. All assignments are applied before any class
+    checks itself, so that fields which have to fit each other can change together, in any order. Of
+    two for one field the later wins.
 
     Raises:
         ValueError: No `=`, unknown path (close matches are listed), ambiguous path, wrong type, or
@@ -366,7 +367,8 @@ def _parse(text: str, kind: Any) -> Any:
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
-        return text
+        # A shell leaves the ~ of `--set shard.source=~/photos` as it is.
+        return os.path.expanduser(text)
     # A folder may be called 2012.
     if kind is str or (value is not None and set(get_args(kind)) == {str, type(None)}):
         return value if isinstance(value, str) else text

@@ -194,7 +194,7 @@ def show_recipe(options: argparse.Namespace, console: Console) -> int:
 
 def show_report(options: argparse.Namespace, console: Console) -> int:
     """Print where the report of a configuration is, and open it if asked to."""
-    plan = make_plan(options.request)
+    plan = make_plan(options.request, reads_only=True)
     state = {step.stage: step.state for step in plan.steps}["report"]
     if state != "present":
         raise FileNotFoundError(

@@ -20,7 +20,7 @@ from pipelines import stages
 from pipelines.artifacts import publish
 from pipelines.launch import StageFailed, Stopped
 from pipelines.plan import Request, RunPlan, default_workspace, make_plan
-from pipelines.session import SESSION, Session
+from pipelines.session import CONTROLS, SESSION, Session
 
 RETRY_DELAY_S = 3
 # A task holds its thread while it waits for its inputs, so every stage needs one.
@@ -32,7 +32,8 @@ def _can_retry(_task: Task, _run: TaskRun, state: State) -> bool:
     """Retry what may work the next time; never what would come again or a run that was stopped."""
     error = state.result(raise_on_failure=False)
     return not (
-        isinstance(error, Stopped) or (isinstance(error, StageFailed) and error.error.is_final)
+        isinstance(error, Stopped | ValueError)
+        or (isinstance(error, StageFailed) and error.error.is_final)
     )
 
 
@@ -84,7 +85,9 @@ def drorae(
         strict_code=strict_code,
     )
     Workspace(request.workspace).check()
-    session = Session(make_plan(request), jobs, str(flow_run.id or ""))
+    controls = CONTROLS.get()
+    plan = make_plan(request, controls.sources if controls else None)
+    session = Session(plan, jobs, str(flow_run.id or ""))
     token = SESSION.set(session)
     try:
         futures = _submit(session.plan, retries)

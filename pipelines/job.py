@@ -21,6 +21,7 @@ from drorae.store.stage_run import run_once
 from drorae.store.workspace import StageOutput, Workspace
 from pipelines import attempt as attempts
 from pipelines import children, ray_head
+from pipelines.stages import SOURCES
 
 RAY_ADDRESS_PATH_VARIABLE = "DRORAE_RAY_ADDRESS_PATH"
 
@@ -88,7 +89,7 @@ def _manifest_fields(
 ) -> dict[str, Any]:
     return {
         "version": spec.version,
-        "config": to_json(sections),
+        "config": to_json(sections) | ({SOURCES: spec.sources} if spec.sources else {}),
         "input_keys": spec.input_keys,
         "seed": sections.get("seed"),
         "code_digest": spec.code_digest,

@@ -21,7 +21,7 @@ def reconstruct(options: argparse.Namespace, console: Console) -> int:
     if missing:
         raise FileNotFoundError(f"image {missing[0]} does not exist; expected an image file.")
     check_out(options.out)
-    outputs = committed(make_plan(options.request), TOKENIZER_STAGES)
+    outputs = committed(make_plan(options.request, reads_only=True), TOKENIZER_STAGES)
 
     from drorae.evaluation.grids import png_bytes  # torch takes seconds to import
     from drorae.evaluation.inference import reconstruct_files
@@ -34,7 +34,7 @@ def reconstruct(options: argparse.Namespace, console: Console) -> int:
 def sample(options: argparse.Namespace, console: Console) -> int:
     """Write generated images of one class."""
     check_out(options.out)
-    plan = make_plan(options.request)
+    plan = make_plan(options.request, reads_only=True)
     guide = ("guide",) if "guide" in plan.keys else ()  # a recipe may have none
     outputs = committed(plan, TOKENIZER_STAGES + GENERATOR_STAGES + guide)
     num_classes = plan.full.diffusion.model.num_classes

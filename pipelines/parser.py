@@ -5,6 +5,7 @@ wait for imports.
 """
 
 import argparse
+import os
 from collections.abc import Callable
 
 from pipelines import commands, models_command, release_command, run_command
@@ -208,8 +209,8 @@ def _add_models(group: "argparse._SubParsersAction") -> None:
         "write input, RAE and fused reconstruction side by side",
         models_command.reconstruct,
     )
-    reconstruct.add_argument("images", nargs="+", metavar="IMAGE")
-    reconstruct.add_argument("--out", default="reconstructions.png", metavar="FILE")
+    reconstruct.add_argument("images", nargs="+", type=_path, metavar="IMAGE")
+    reconstruct.add_argument("--out", default="reconstructions.png", type=_path, metavar="FILE")
     _add_configuration(reconstruct)
     sample = _command(group, "sample", "generate images of a class", models_command.sample)
     sample.add_argument("--class", type=int, required=True, dest="label", metavar="N")
@@ -221,7 +222,7 @@ def _add_models(group: "argparse._SubParsersAction") -> None:
         help="way of sampling (default: the strongest that the recipe measures)",
     )
     sample.add_argument("--scale", type=float, help="guidance scale (default: the recipe's)")
-    sample.add_argument("--out", default="samples.png", metavar="FILE")
+    sample.add_argument("--out", default="samples.png", type=_path, metavar="FILE")
     _add_configuration(sample)
 
 
@@ -233,21 +234,29 @@ def _add_release(group: "argparse._SubParsersAction") -> None:
         release_command.import_decoder,
     )
     bring.add_argument(
-        "--decoder", required=True, metavar="FILE", help="weights in any of RAE's layouts, or s3://"
+        "--decoder",
+        required=True,
+        type=_path,
+        metavar="FILE",
+        help="weights in any of RAE's layouts, or s3://",
     )
-    bring.add_argument("--stats", default="", metavar="FILE", help="its latent statistics")
+    bring.add_argument(
+        "--stats", default="", type=_path, metavar="FILE", help="its latent statistics"
+    )
     _add_configuration(bring)
     give = _command(
         group, "export", "write a stage's averaged weights to a file", release_command.export
     )
     give.add_argument("--stage", required=True, choices=release_command.EXPORTED_STAGES)
-    give.add_argument("--out", required=True, metavar="FILE")
+    give.add_argument("--out", required=True, type=_path, metavar="FILE")
     give.add_argument(
         "--format",
         choices=["rae", "safetensors"],
         help="rae: a flat state dict as RAE's .pt files (default: by the name of FILE)",
     )
-    give.add_argument("--stats", metavar="FILE", help="write the latent statistics here, too")
+    give.add_argument(
+        "--stats", type=_path, metavar="FILE", help="write the latent statistics here, too"
+    )
     _add_configuration(give)
 
 
@@ -255,6 +264,11 @@ def _add_report(group: "argparse._SubParsersAction") -> None:
     parser = _command(group, "report", "print the path of the report", commands.show_report)
     _add_configuration(parser)
     parser.add_argument("--open", action="store_true", help="open it in a browser")
+
+
+def _path(text: str) -> str:
+    """A path whose `~` the shell may have left, as in `--out=~/picture.png`."""
+    return os.path.expanduser(text)
 
 
 def _positive(text: str) -> int:

@@ -6,7 +6,7 @@ it.
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,8 +15,10 @@ from drorae.config import digest, override
 from drorae.store import files
 from drorae.store.manifest import DamagedOutput, Manifest
 from drorae.store.workspace import WORK_NAME, Workspace
+from pipelines import sources as image_sources
 from pipelines import stages
 from pipelines.code_version import entry_digest
+from pipelines.sources import Sources
 
 MAX_CHANGES_SHOWN = 4
 DEFAULT_WORKSPACE = "runs"
@@ -82,6 +84,8 @@ class RunPlan:
     """The configuration after overrides."""
     keys: dict[str, str]
     """Key of every enabled stage, in topological order."""
+    sources: Sources
+    """What the image sources contained when this plan was made."""
     steps: tuple[Step, ...]
     """One per enabled stage, in topological order."""
 
@@ -94,6 +98,12 @@ class RunPlan:
     def is_complete(self) -> bool:
         """Whether nothing has to run."""
         return not any(step.must_run for step in self.steps)
+
+    def stages_to_run(self) -> tuple[stages.Stage, ...]:
+        """Return the stages that this run builds."""
+        return tuple(
+            stages.find_stage(step.stage, stages.STAGES) for step in self.steps if step.must_run
+        )
 
     def input_keys(self, stage: stages.Stage) -> dict[str, str]:
         """Return the keys of the inputs of a stage."""
@@ -114,26 +124,41 @@ def configuration(recipe: str, overrides: Sequence[str]) -> Any:
     return override(recipes.get(recipe), list(overrides))
 
 
-def make_plan(request: Request) -> RunPlan:
+def make_plan(
+    request: Request, sources: Sources | None = None, *, reads_only: bool = False
+) -> RunPlan:
     """Compare a configuration with the workspace.
 
+    Cost grows with the files of the image sources, unless they are given
+    (`drorae.data.fingerprint`), and with the outputs of the workspace.
+
+    Args:
+        request: What is asked.
+        sources: What an earlier plan of this run found in the image sources; None looks at them.
+        reads_only: Nothing will be built, so that sources need not be looked at again.
+
     Raises:
-        ValueError: For an unknown recipe, path or stage, or when `only` or `from_stage` leaves out
-            something missing.
+        ValueError: For an unknown recipe, path or stage, when `only` or `from_stage` leaves out
+            something missing, or when a stage cannot work with an output that is there.
         FileNotFoundError: If the workspace's bucket does not exist.
     """
     full = configuration(request.recipe, request.overrides)
     table, workspace = stages.STAGES, Workspace(request.workspace)
-    keys = stages.stage_keys(full, table)
-    selected = _selected(request, keys)
     built = workspace.outputs()
+    sources = image_sources.look(full, built, reads_only=reads_only) if sources is None else sources
+    keys = stages.stage_keys(full, table, sources)
+    selected = _selected(request, keys)
     steps: dict[str, Step] = {}
     for stage in stages.enabled_stages(full, table):
-        step = _step(stage, keys[stage.name], full, workspace, built)
+        step = _step(stage, keys[stage.name], full, sources, workspace, built)
         step = dataclasses.replace(step, selected=stage.name in selected)
-        steps[stage.name] = _with_wishes(step, stage, request, steps)
-    plan = RunPlan(request=request, full=full, keys=keys, steps=tuple(steps.values()))
+        inputs = [steps[name] for name in stages.needs_of(full, stage, keys)]
+        steps[stage.name] = _with_wishes(step, request, inputs)
+    plan = RunPlan(
+        request=request, full=full, keys=keys, sources=sources, steps=tuple(steps.values())
+    )
     _check_inputs(plan)
+    _check_outputs(plan, workspace)
     return plan
 
 
@@ -156,13 +181,19 @@ def _selected(request: Request, keys: dict[str, str]) -> set[str]:
 
 
 def _step(
-    stage: stages.Stage, key: str, full: Any, workspace: Workspace, built: Sequence[Manifest]
+    stage: stages.Stage,
+    key: str,
+    full: Any,
+    sources: Sources,
+    workspace: Workspace,
+    built: Sequence[Manifest],
 ) -> Step:
     earlier = [manifest for manifest in built if manifest.stage == stage.name]
     config = stages.section_json(full, stage)
     state, reason, found = _look(stage, key, workspace)
     if state == "missing":
-        reason = _why_missing(stage, config, earlier)
+        read = {path: sources[path] for path in stage.sources(full) if path in sources}
+        reason = _why_missing(stage, config, read, workspace, earlier)
     return Step(
         stage=stage.name,
         key=key,
@@ -195,19 +226,35 @@ def _last_wall_s(config: dict[str, Any], earlier: Sequence[Manifest]) -> float |
     return similar[-1].wall_s if similar else None
 
 
-def _why_missing(stage: stages.Stage, config: dict[str, Any], earlier: Sequence[Manifest]) -> str:
+def _why_missing(
+    stage: stages.Stage,
+    config: dict[str, Any],
+    sources: Sources,
+    workspace: Workspace,
+    earlier: Sequence[Manifest],
+) -> str:
     if not earlier:
         return "never built here"
     last = earlier[-1]
     if last.version != str(stage.version):
         return f"stage version {last.version} -> {stage.version}"
-    changes = [f"{path} {old!r} -> {new!r}" for path, old, new in _changes(last.config, config)]
+    before = {name: value for name, value in last.config.items() if name != stages.SOURCES}
+    changes = [*_source_changes(sources, workspace, last)]
+    changes += [f"{path} {old!r} -> {new!r}" for path, old, new in _changes(before, config)]
     if not changes:
         return "an input changed"
     more = (
         f" and {len(changes) - MAX_CHANGES_SHOWN} more" if len(changes) > MAX_CHANGES_SHOWN else ""
     )
     return ", ".join(changes[:MAX_CHANGES_SHOWN]) + more
+
+
+def _source_changes(sources: Sources, workspace: Workspace, last: Manifest) -> Iterator[str]:
+    digests = last.config.get(stages.SOURCES, {})
+    for path, now in sources.items():
+        told = image_sources.describe_change(path, digests.get(path), now, workspace)
+        if told:
+            yield told
 
 
 def _changes(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
@@ -221,23 +268,29 @@ def _changes(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
     return [] if old == new else [(path, old, new)]
 
 
-def _with_wishes(
-    step: Step, stage: stages.Stage, request: Request, before: dict[str, Step]
-) -> Step:
-    """Apply `force` and `strict_code` to a stage whose output is there."""
+def _with_wishes(step: Step, request: Request, inputs: Sequence[Step]) -> Step:
+    """Apply `force` and `strict_code` to a stage whose output is there, and what follows them."""
     if step.state != "present" or not step.selected:
         return step
     if step.stage in request.force:
         return dataclasses.replace(step, state="forced", reason="asked for by --force")
-    if not request.strict_code:
-        return step
-    if step.code_changed:
+    if request.strict_code and step.code_changed:
         return dataclasses.replace(step, state="code changed", reason="built by other code")
-    changed = [n for n in stage.needs if n in before and before[n].state == "code changed"]
-    if changed:
-        reason = f"{', '.join(changed)} is built again by changed code"
-        return dataclasses.replace(step, state="code changed", reason=reason)
+    for state, why in (("forced", "by --force"), ("code changed", "by changed code")):
+        again = [needed.stage for needed in inputs if needed.state == state]
+        if again:
+            reason = f"{', '.join(again)} is built again {why}"
+            return dataclasses.replace(step, state=state, reason=reason)
     return step
+
+
+def _check_outputs(plan: RunPlan, workspace: Workspace) -> None:
+    asking = plan.stages_to_run()
+    for step in plan.steps:
+        if any(step.stage in stage.checks for stage in asking):
+            is_there = step.state == "present"
+            output = workspace.find(step.stage, step.key, verify="none") if is_there else None
+            stages.check_output(plan.full, step.stage, output, asking)
 
 
 def _check_inputs(plan: RunPlan) -> None:

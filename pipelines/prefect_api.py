@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pipelines import children
+from pipelines.plain_path import plain_path
 
 START_TIMEOUT_S = 180.0
 MAX_HOMES = 64
@@ -94,7 +95,7 @@ def prefect_api(root: Path) -> Iterator[subprocess.Popen | None]:
     if url:
         log.warning("the Prefect server at %s does not answer; this run uses one of its own.", url)
     with ExitStack() as stack:
-        home = stack.enter_context(_private_home(root / "prefect"))
+        home = stack.enter_context(_private_home(plain_path(root) / "prefect"))
         port = _free_port()
         os.environ.update(
             QUIET

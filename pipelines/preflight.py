@@ -3,6 +3,7 @@
 Without this a run would say so after minutes, or hours when a late stage lacks its asset.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from drorae.config import flatten
 from pipelines import session, stages
 from pipelines.plan import RunPlan
 
+RANDOM_WEIGHTS = "random"
+"""Source of a critic without pretrained weights."""
 MIN_FREE_BYTES = 64 << 20
 """Less than this holds the run's databases and logs (5 MB, smoke, 2026-11-22) and little else."""
 
@@ -26,7 +29,7 @@ def check_machine(plan: RunPlan, root: Path) -> None:
         root: Folder of the run's databases and logs.
 
     Raises:
-        FileNotFoundError: An asset or the source is missing.
+        FileNotFoundError: An asset, a file of weights or the source is missing.
         ValueError: An unknown asset.
         RuntimeError: The disk is full.
     """
@@ -42,6 +45,24 @@ def check_machine(plan: RunPlan, root: Path) -> None:
 
         for source in sorted(set(_sources(plan))):
             check_source(source)
+        _check_weights(plan)
+
+
+def _check_weights(plan: RunPlan) -> None:
+    """Raise for a file of weights that is not there; an encoder may be known to a hub instead."""
+    for stage in plan.stages_to_run():
+        for path in stage.sources(plan.full):
+            section, value = path.split(".")[0], stages.setting(plan.full, path)
+            is_file = section not in ("shard", "encoder") and not _has_scheme(value)
+            if is_file and value != RANDOM_WEIGHTS and not os.path.isfile(value):
+                raise FileNotFoundError(
+                    f"{path}={value!r} does not exist, but stage {stage.name} reads it: expected a "
+                    f"file of weights. Correct it with --set {path}=FILE."
+                )
+
+
+def _has_scheme(value: str) -> bool:
+    return value.startswith("asset:") or "://" in value
 
 
 def _sources(plan: RunPlan) -> Iterator[str]:

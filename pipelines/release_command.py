@@ -29,7 +29,7 @@ def import_decoder(options: argparse.Namespace, console: Console) -> int:
     settings = [f"decoder.released={options.decoder}"]
     settings += [f"decoder.released_stats={options.stats}"] if options.stats else []
     request = replace(options.request, overrides=(*options.request.overrides, *settings))
-    plan = make_plan(replace(request, only="decoder"))
+    plan = make_plan(replace(request, only="decoder"), reads_only=True)
     workspace = Workspace(request.workspace)
     workspace.check()
     key = plan.keys["decoder"]
@@ -91,7 +91,7 @@ def export(options: argparse.Namespace, console: Console) -> int:
         )
     for path in filter(None, (options.out, options.stats)):
         check_out(path)
-    plan = make_plan(options.request)
+    plan = make_plan(options.request, reads_only=True)
     output = committed(plan, (options.stage,))[options.stage]
     stats_of = _stats_output(plan, options.stage) if options.stats else None
 

@@ -61,7 +61,9 @@ def _announce(plan: RunPlan, console: Console) -> None:
 def _run_flow(
     plan: RunPlan, options: argparse.Namespace, workspace: Workspace, console: Console
 ) -> int:
-    controls = Controls(display=choose_display(console), stop=threading.Event())
+    controls = Controls(
+        display=choose_display(console), stop=threading.Event(), sources=plan.sources
+    )
     token = CONTROLS.set(controls)
     try:
         with _stop_on_signals(controls.stop), prefect_api(local_root(workspace)) as server:
@@ -79,7 +81,8 @@ def _run_flow(
         controls.display.close()
         CONTROLS.reset(token)
     outcomes = {name: (o.outcome, o.wall_s) for name, o in controls.outcomes.items()}
-    show_results(make_plan(replace(plan.request, force=(), strict_code=False)), outcomes, console)
+    asked = replace(plan.request, force=(), strict_code=False)
+    show_results(make_plan(asked, plan.sources), outcomes, console)
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from drorae.config import flatten
 from drorae.tracking import finish_run, open_run
+from pipelines.plain_path import plain_path
 from pipelines.plan import RunPlan
 from pipelines.stages import Stage, section_values
 
@@ -38,7 +39,7 @@ def tracking_uri(root: Path, *, is_shared: bool) -> str | None:
         if uri is None:
             log.warning("no curves are kept: set DRORAE_TRACKING_URI to an MLflow server.")
         return None
-    return uri or f"sqlite:///{root / 'mlflow' / 'mlflow.db'}"
+    return uri or f"sqlite:///{plain_path(root) / 'mlflow' / 'mlflow.db'}"
 
 
 class TrackedRuns:

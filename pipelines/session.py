@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from drorae.config import to_json
-from drorae.store.workspace import Workspace
+from drorae.store.workspace import StageOutput, Workspace
 from pipelines import stages
 from pipelines.attempt import JobSpec
 from pipelines.code_version import entry_digest
@@ -20,6 +20,7 @@ from pipelines.launch_ray import RayJobLauncher
 from pipelines.plan import RunPlan, Step
 from pipelines.runs import TrackedRuns, tracking_uri
 from pipelines.slots import Slots
+from pipelines.sources import Sources, keep
 
 RAY_ADDRESS_VARIABLE = "DRORAE_RAY_ADDRESS"
 
@@ -50,6 +51,8 @@ class Controls:
     """Set to end the run; its stage jobs end and can be continued."""
     outcomes: dict[str, "Outcome"] = field(default_factory=dict)
     """Filled by the run: how each stage ended, by name."""
+    sources: Sources | None = None
+    """What the caller's plan found in the image sources; None: the run looks at them."""
 
 
 CONTROLS: ContextVar[Controls | None] = ContextVar("controls", default=None)
@@ -110,6 +113,7 @@ class Session:
         Raises:
             StageFailed: If its job ends badly.
             Stopped: If the run was asked to end.
+            ValueError: If a later stage cannot work with the output.
         """
         step = self._steps[name]
         if not step.must_run:
@@ -124,6 +128,7 @@ class Session:
             self._display.started(name)
             outcome = self._launch(stage, step)
             self._record(step, outcome, time.monotonic() - started_s)
+        stages.check_output(self.plan.full, name, self._find(step), self.plan.stages_to_run())
         return self.outcomes[name].uri
 
     def stop(self) -> None:
@@ -137,6 +142,8 @@ class Session:
         self._runs.close("FINISHED" if is_done else "FAILED")
 
     def _launch(self, stage: stages.Stage, step: Step) -> str:
+        read = stage.sources(self.plan.full)
+        keep([f for p, f in self.plan.sources.items() if p in read], self._workspace)
         spec = self._spec(stage, step)
         try:
             result = self._launcher.run(
@@ -173,6 +180,7 @@ class Session:
             config_type=f"{type(full).__module__}:{type(full).__qualname__}",
             config=to_json(full),
             input_keys=self.plan.input_keys(stage),
+            sources=stages.source_digests(full, stage, self.plan.sources),
             code_digest=entry_digest(stage.entry),
             force=step.state in ("forced", "code changed"),
             tracking_uri=self._runs.uri,
@@ -181,9 +189,13 @@ class Session:
             workers=stage.workers,
         )
 
-    def _record(self, step: Step, outcome: str, wall_s: float) -> None:
+    def _find(self, step: Step) -> StageOutput:
         output = self._workspace.find(step.stage, step.key, verify="none")
         assert output is not None
+        return output
+
+    def _record(self, step: Step, outcome: str, wall_s: float) -> None:
+        output = self._find(step)
         self._display.finished(step.stage, outcome, wall_s)
         self.outcomes[step.stage] = Outcome(
             stage=step.stage,

@@ -6,12 +6,23 @@ flow all read this table. Raise a stage's `version` when its code changes what i
 """
 
 import difflib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from drorae.config import ACCELERATED, Resources, to_json
+from drorae.data.fingerprint import Fingerprint
+from drorae.recipes.data_check import check_classes, check_evaluation, check_validation
 from drorae.store.keys import stage_key
+from drorae.store.workspace import StageOutput
+
+Check = Callable[[Any, StageOutput | None, str], None]
+"""Called with the full configuration, an output (None while it is not there) and the name of the
+stage that asks; raises ValueError."""
+
+SOURCES = "sources"
+"""Name under which a manifest's configuration holds the digests of the sources."""
 
 DRIVER = Resources(cpus=0.0, memory_bytes=2 << 30)
 """A stage's own process: it hands out work, waits, and writes small files. It needs no GPU, and
@@ -36,6 +47,26 @@ def _is_trained(full: Any) -> bool:
     return not full.decoder.released
 
 
+def _no_sources(full: Any) -> tuple[str, ...]:
+    return ()
+
+
+def _tokenizer_sources(full: Any, section: str) -> tuple[str, ...]:
+    has_critic = getattr(full, section).train.adversarial.weight > 0
+    critic = (f"{section}.train.adversarial.discriminator.source",) if has_critic else ()
+    return ("encoder.source", *critic)
+
+
+def _measure_sources(full: Any) -> tuple[str, ...]:
+    has_file = full.evaluate.feature_extractor == "inception-v3"
+    return ("encoder.source", *(("evaluate.inception_weights_path",) if has_file else ()))
+
+
+def _check_trained(full: Any, shards: StageOutput | None, stage: str) -> None:
+    if _is_trained(full):
+        check_validation(full, shards, stage)
+
+
 def _uses_imported_stats(full: Any) -> bool:
     return full.latents.stats == "imported"
 
@@ -55,6 +86,10 @@ class Stage:
         uses_ray: Whether a local Ray has to be up for it when no cluster is given.
         driver: What its own process takes of a cluster.
         workers: What each of its training workers or actors takes.
+        sources: Settings that name images or weights, such as `shard.source`: the key covers what
+            they contain, not where they lie.
+        checks: What it asks of outputs, by the stage that makes them (a need or not): checked when
+            a run is planned, and as soon as that output is made.
     """
 
     name: str
@@ -67,6 +102,8 @@ class Stage:
     uses_ray: bool = True
     driver: Resources = DRIVER
     workers: Resources = ACCELERATED
+    sources: Callable[[Any], tuple[str, ...]] = _no_sources
+    checks: Mapping[str, Check] = field(default_factory=dict)
 
 
 STAGES: tuple[Stage, ...] = (
@@ -77,6 +114,7 @@ STAGES: tuple[Stage, ...] = (
         entry="drorae.data.sharding:run_shard",
         version=2,
         workers=PIXELS,
+        sources=lambda full: ("shard.source", "shard.val_source"),
     ),
     Stage(
         name="decoder",
@@ -84,6 +122,8 @@ STAGES: tuple[Stage, ...] = (
         sections=("seed", "encoder", "decoder"),
         entry="drorae.training.stages:run_decoder",
         version=2,
+        sources=lambda full: _tokenizer_sources(full, "decoder"),
+        checks={"shard": _check_trained},
         needs_if={"shard": _is_trained},
     ),
     Stage(
@@ -92,6 +132,8 @@ STAGES: tuple[Stage, ...] = (
         sections=("seed", "encoder", "fusion"),
         entry="drorae.training.stages:run_fusion",
         version=2,
+        sources=lambda full: _tokenizer_sources(full, "fusion"),
+        checks={"shard": check_validation},
     ),
     Stage(
         name="finetune",
@@ -99,6 +141,8 @@ STAGES: tuple[Stage, ...] = (
         sections=("seed", "encoder", "finetune"),
         entry="drorae.training.stages:run_finetune",
         version=2,
+        sources=lambda full: _tokenizer_sources(full, "finetune"),
+        checks={"shard": check_validation},
     ),
     Stage(
         name="control",
@@ -106,6 +150,8 @@ STAGES: tuple[Stage, ...] = (
         sections=("seed", "encoder", "control"),
         entry="drorae.training.stages:run_control",
         version=2,
+        sources=lambda full: _tokenizer_sources(full, "control"),
+        checks={"shard": check_validation},
         enabled=_with_control,
     ),
     Stage(
@@ -114,6 +160,7 @@ STAGES: tuple[Stage, ...] = (
         sections=("encoder", "latents"),
         entry="drorae.data.latents:run_latents",
         version=2,
+        sources=lambda full: ("encoder.source",),
         needs_if={"decoder": _uses_imported_stats},
     ),
     Stage(
@@ -122,6 +169,7 @@ STAGES: tuple[Stage, ...] = (
         sections=("seed", "diffusion"),
         entry="drorae.training.stages:run_diffusion",
         version=2,
+        checks={"shard": check_classes},
     ),
     Stage(
         name="guide",
@@ -129,6 +177,7 @@ STAGES: tuple[Stage, ...] = (
         sections=("seed", "guide"),
         entry="drorae.training.stages:run_guide",
         version=2,
+        checks={"shard": check_classes},
         enabled=_with_guide,
     ),
     Stage(
@@ -140,6 +189,8 @@ STAGES: tuple[Stage, ...] = (
         sections=("seed", "encoder", "evaluate"),
         entry="drorae.evaluation.stages:run_evaluate",
         version=2,
+        sources=_measure_sources,
+        checks={"shard": check_evaluation},
     ),
     Stage(
         name="report",
@@ -189,6 +240,23 @@ def needs_of(full: Any, stage: Stage, enabled: Mapping[str, str]) -> tuple[str, 
     )
 
 
+def check_output(full: Any, name: str, output: StageOutput | None, asking: Sequence[Stage]) -> None:
+    """Check the output of stage `name` for the stages that will run.
+
+    Args:
+        full: The configuration.
+        name: Stage that makes the output.
+        output: Its output; None while it is not there, which leaves what the configuration says.
+        asking: The stages that will run.
+
+    Raises:
+        ValueError: If a stage could not work with it.
+    """
+    for stage in asking:
+        if name in stage.checks:
+            stage.checks[name](full, output, stage.name)
+
+
 def section_values(full: Any, stage: Stage) -> dict[str, Any]:
     """Return the part of the configuration that a stage receives, by section name."""
     return {name: getattr(full, name) for name in stage.sections}
@@ -199,21 +267,51 @@ def section_json(full: Any, stage: Stage) -> dict[str, Any]:
     return {name: to_json(value) for name, value in section_values(full, stage).items()}
 
 
-def key_json(full: Any, stage: Stage) -> dict[str, Any]:
-    """Return what the key covers of it: a section with a method `for_key` says that itself."""
+def setting(full: Any, path: str) -> Any:
+    """Return the value of a setting such as `shard.source`."""
+    return functools.reduce(getattr, path.split("."), full)
+
+
+def source_digests(full: Any, stage: Stage, sources: Mapping[str, Fingerprint]) -> dict[str, str]:
+    """Return the digests of the sources that a stage reads, by the path of their setting."""
+    return {path: sources[path].digest for path in stage.sources(full) if path in sources}
+
+
+def key_json(
+    full: Any, stage: Stage, sources: Mapping[str, Fingerprint] | None = None
+) -> dict[str, Any]:
+    """Return what the key covers of it: a section with a method `for_key` says that itself.
+
+    Args:
+        full: The configuration.
+        stage: The stage.
+        sources: What its sources contain, by the path of their setting; a source that is not there
+            counts by its address.
+    """
     values = section_values(full, stage)
-    return {
+    covered = {
         name: to_json(value.for_key() if hasattr(value, "for_key") else value)
         for name, value in values.items()
     }
+    for path, digest in source_digests(full, stage, sources or {}).items():
+        *sections, name = path.split(".")
+        inside = functools.reduce(lambda json, key: json.get(key, {}), sections, covered)
+        if name in inside:  # an imported decoder's key leaves its training out
+            inside[name] = digest
+    return covered
 
 
-def stage_keys(full: Any, table: Sequence[Stage] = STAGES) -> dict[str, str]:
-    """Return the key of every enabled stage, in topological order."""
+def stage_keys(
+    full: Any,
+    table: Sequence[Stage] = STAGES,
+    sources: Mapping[str, Fingerprint] | None = None,
+) -> dict[str, str]:
+    """Return the key of every enabled stage, in topological order; `sources` as in `key_json`."""
     keys: dict[str, str] = {}
     for stage in enabled_stages(full, table):
         inputs = {name: keys[name] for name in needs_of(full, stage, keys)}
-        keys[stage.name] = stage_key(stage.name, stage.version, key_json(full, stage), inputs)
+        covered = key_json(full, stage, sources)
+        keys[stage.name] = stage_key(stage.name, stage.version, covered, inputs)
     return keys
 
 

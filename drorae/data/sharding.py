@@ -214,7 +214,7 @@ def _check_not_empty(
     if wants_val and not len(chosen["val"].rows):
         raise ValueError(
             f"shard.val_fraction={job.val_fraction:g} of {len(chosen['train'].rows)} images leaves "
-            "no validation image: raise it, set shard.val_source, or set it to 0 for no validation."
+            "no validation image: raise it, or set shard.val_source."
         )
 
 
@@ -258,6 +258,12 @@ def _bounds(sizes: np.ndarray, rows_per_shard: int) -> Iterator[tuple[int, int]]
         start = stop
 
 
+def _class_rows(parts: Sequence[ShardPart], num_classes: int) -> list[int]:
+    """Images of each class, by label."""
+    labels = np.concatenate([np.empty(0, np.int32), *(part.labels for part in parts)])
+    return np.bincount(labels, minlength=num_classes).tolist()
+
+
 def _finish(
     ctx: StageContext,
     job: ShardJob,
@@ -267,7 +273,14 @@ def _finish(
 ) -> StageResult:
     shards = {split: [len(part.labels) for part in parts[split]] for split in parts}
     counts = {
-        **{s: {"rows": sum(rows), "shards": rows} for s, rows in shards.items()},
+        **{
+            split: {
+                "rows": sum(rows),
+                "shards": rows,
+                "class_rows": _class_rows(parts[split], len(listing.class_names)),
+            }
+            for split, rows in shards.items()
+        },
         "rejected": len(rejects),
         "class_names": list(listing.class_names),
         "resolution_px": job.resolution_px,

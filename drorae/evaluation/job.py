@@ -90,9 +90,9 @@ class EvaluateJob:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("num_samples", "kid_subset", "isc_splits"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("batch_images", "chunk_samples", "chunk_photos"):
+        for name in ("num_samples", "kid_subset"):
+            _require(getattr(self, name) >= 2, name, getattr(self, name), "at least 2")
+        for name in ("isc_splits", "batch_images", "chunk_samples", "chunk_photos"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("num_grid_images", "num_grid_classes", "num_diagnostic_images"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")

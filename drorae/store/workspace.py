@@ -3,6 +3,7 @@
 <workspace>/stages/<stage>/<key>/manifest.json   committed outputs (no manifest, no output)
 <workspace>/stages/<stage>/<key>/_work/          checkpoints and markers of an unfinished attempt
 <workspace>/leases/<stage>-<key>.json            who writes an output now
+<workspace>/sources/<digest>                     files of a source that a stage has read, hashed
 <workspace>/logs/<stage>/<key>/attempt-1.log     logs (in the user's cache for s3://)
 """
 
@@ -105,6 +106,11 @@ class Workspace:
         if errors.is_s3(uri):
             errors.split(uri)
             uri = uri.rstrip("/")
+            if "?versionId=" in uri or "//" in uri.removeprefix("s3://"):
+                raise ValueError(
+                    f"workspace {self.uri!r} holds ?versionId= or //, which S3 clients read in "
+                    "different ways: expected s3://bucket/prefix without them."
+                )
         else:
             uri = os.path.abspath(os.path.expanduser(uri))
         object.__setattr__(self, "uri", uri)

@@ -15,7 +15,8 @@ def artifact_location(uri: str) -> str | None:
     """Where a new experiment keeps its files: beside the database; None: the server decides."""
     # For SQLite MLflow's default would be ./mlruns in the current folder.
     database = sqlite_path(uri)
-    return (database.parent / "mlflow-artifacts").as_uri() if database else None
+    # Not through links, which are not kept as long as the database.
+    return (database.parent.resolve() / "mlflow-artifacts").as_uri() if database else None
 
 
 @contextlib.contextmanager

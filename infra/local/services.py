@@ -85,6 +85,14 @@ def free_port(preferred: int) -> int:
     raise SystemExit(f"services: error: ports {preferred} to {preferred + 49} are all in use.")
 
 
+def state_link(state: dict) -> Path:
+    """Return a plain name of STATE: databases are named by URLs, in which `?` or `%` mean more."""
+    link = Path(state["ray_folder"]) / "state"
+    if not link.is_symlink():
+        link.symlink_to(STATE)
+    return link
+
+
 def environment(state: dict) -> dict[str, str]:
     """Return the variables that every service gets."""
     ports = state["ports"]
@@ -101,7 +109,7 @@ def environment(state: dict) -> dict[str, str]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_HOME": str(STATE / "prefect"),
+        "PREFECT_HOME": str(state_link(state) / "prefect"),
         "PREFECT_API_URL": f"http://{HOST}:{ports['prefect']}/api",
         "DRORAE_RAY_ADDRESS": f"http://{HOST}:{ports['dashboard']}",
         "DRORAE_TRACKING_URI": f"http://{HOST}:{ports['mlflow']}",
@@ -111,7 +119,7 @@ def environment(state: dict) -> dict[str, str]:
 def commands(state: dict) -> dict[str, list[str]]:
     """Return the command line of every service."""
     ports = {name: str(port) for name, port in state["ports"].items()}
-    database = STATE / "mlflow" / "mlflow.db"
+    database = state_link(state) / "mlflow" / "mlflow.db"
     return {
         "prefect": ["prefect", "server", "start", "--host", HOST, "--port", ports["prefect"]],
         "mlflow": [

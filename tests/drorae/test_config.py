@@ -128,6 +128,14 @@ def test_the_later_of_two_assignments_wins() -> None:
     assert override(ROOT, [whole, inside]).middle.model.lr == 0.5
 
 
+def test_a_text_that_begins_with_a_tilde_is_below_the_home_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert override(ROOT, ["name=~/photos"]).name == "/somewhere/photos"
+    assert override(ROOT, ["name=a~b"]).name == "a~b"
+
+
 @pytest.mark.parametrize("text", ["2012", "true", "1e3", "[x]"])
 def test_a_text_field_takes_what_looks_like_a_number_as_text(text: str) -> None:
     changed = override(Pair(), [f"path={text}", f"second={text}"])

@@ -1,12 +1,15 @@
 """The flow on a real Prefect server, with stages that only write a file."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fake_graph import stages as fake
 
+from drorae.store.workspace import StageOutput
 from pipelines import cli, graph
 from pipelines.launch import StageFailed
+from pipelines.plan import Request, make_plan
 
 pytestmark = [
     pytest.mark.usefixtures("prefect"),
@@ -51,6 +54,42 @@ def test_a_failure_is_retried_as_a_new_attempt(workspace: Path) -> None:
     run(workspace, "b.fail_attempts=1")
     starts = [e["attempt"] for e in fake.events() if (e["stage"], e["event"]) == ("b", "start")]
     assert starts == [1, 2]
+
+
+def test_a_run_builds_again_what_its_plan_says(workspace: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "0.png").write_text("x")
+    run(workspace, f"a.source={photos}", "with_d=false")
+    run(workspace, f"a.source={photos}", "with_d=false", force=["b"])
+    assert fake.built()[4:] == ["b", "c", "report"]
+    (photos / "1.png").write_text("y")
+    wanted = Request(
+        recipe="fake",
+        workspace=str(workspace),
+        overrides=(f"a.source={photos}", "with_d=false"),
+    )
+    plan = make_plan(wanted)
+    assert plan.steps[0].reason == "a.source changed: 1 file added, 0 removed, 0 changed"
+    run(workspace, *wanted.overrides)
+    assert fake.built()[7:] == [step.stage for step in plan.steps]
+
+
+def test_what_a_later_stage_cannot_use_ends_the_run_before_that_stage(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(full: fake.FakeJob, output: StageOutput | None, stage: str) -> None:
+        if output is not None:
+            raise ValueError(f"stage {stage} cannot use {output.manifest.stage}")
+
+    table = tuple(replace(s, checks={"a": refuse}) if s.name == "d" else s for s in fake.TABLE)
+    monkeypatch.setattr("pipelines.stages.STAGES", table)
+    with pytest.raises(ValueError, match="stage d cannot use a"):
+        run(workspace)
+    assert fake.built() == ["a"]
+    with pytest.raises(ValueError, match="stage d cannot use a"):
+        run(workspace)
+    assert set(run(workspace, "with_d=false")) == {"a", "b", "c", "report"}
 
 
 def test_a_users_error_is_not_retried_and_the_rest_goes_on(workspace: Path) -> None:

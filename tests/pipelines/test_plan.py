@@ -10,11 +10,14 @@ from drorae.store.stage_run import run_once
 from drorae.store.workspace import Workspace
 from pipelines import code_version, stages
 from pipelines.plan import Request, default_workspace, make_plan
+from pipelines.sources import keep, look
 
 
 def build_all(workspace: Path, full: fake.FakeJob, **fields: object) -> None:
     """Build every stage of the fake graph in this process."""
-    store, keys = Workspace(str(workspace)), stages.stage_keys(full, fake.TABLE)
+    store, sources = Workspace(str(workspace)), look(full, [])
+    keys = stages.stage_keys(full, fake.TABLE, sources)
+    keep(sources.values(), store)
     for stage in stages.enabled_stages(full, fake.TABLE):
         inputs = {name: keys[name] for name in stages.needs_of(full, stage, keys)}
         ctx = StageContext(
@@ -26,7 +29,8 @@ def build_all(workspace: Path, full: fake.FakeJob, **fields: object) -> None:
         run = getattr(fake, f"run_{stage.name}")
         given = {
             "version": stage.version,
-            "config": stages.section_json(full, stage),
+            "config": stages.section_json(full, stage)
+            | {stages.SOURCES: stages.source_digests(full, stage, sources)},
             "input_keys": inputs,
             "code_digest": code_version.entry_digest(stage.entry),
         }
@@ -156,6 +160,84 @@ def test_strict_code_rebuilds_what_depends_on_changed_code(
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"code_digest": "other"}))
     plan = make_plan(replace(request_, strict_code=True))
     assert [step.stage for step in plan.steps if step.must_run] == ["c", "report"]
+
+
+@pytest.mark.parametrize(
+    ("force", "again"), [("a", ["a", "b", "c", "d", "report"]), ("c", ["c", "report"])]
+)
+def test_what_follows_a_forced_stage_is_built_again(
+    request_: Request, workspace: Path, force: str, again: list[str]
+) -> None:
+    build_all(workspace, fake.FakeJob())
+    plan = make_plan(replace(request_, force=(force,)))
+    assert [step.stage for step in plan.steps if step.must_run] == again
+    reasons = {step.stage: step.reason for step in plan.steps}
+    assert reasons[force] == "asked for by --force"
+    assert "is built again by --force" in reasons["report"]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.png").write_text(f"content {number}")
+    return folder
+
+
+def with_source(request: Request, source: str | Path) -> Request:
+    return replace(request, overrides=(f"a.source={source}",))
+
+
+def test_a_changed_source_is_told_with_its_counts(
+    request_: Request, workspace: Path, photos: Path
+) -> None:
+    build_all(workspace, fake.FakeJob(a=fake.FakeStage(source=str(photos))))
+    request = with_source(request_, photos)
+    assert make_plan(request).is_complete
+    (photos / "0.png").unlink()
+    (photos / "1.png").write_text("other")
+    for name in ("x.png", "y.png"):
+        (photos / name).write_text(name)
+    steps = {step.stage: step for step in make_plan(request).steps}
+    assert steps["a"].reason == "a.source changed: 2 files added, 1 removed, 1 changed"
+    assert all(step.must_run for step in steps.values())
+
+
+def test_the_same_source_from_another_folder_is_reused(
+    request_: Request, workspace: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_all(workspace, fake.FakeJob(a=fake.FakeStage(source=str(photos))))
+    monkeypatch.chdir(photos.parent)
+    assert make_plan(with_source(request_, "photos")).is_complete
+    monkeypatch.chdir(photos)
+    assert make_plan(with_source(request_, "../photos")).is_complete
+    photos.rename(photos.parent / "moved")
+    assert make_plan(with_source(request_, photos.parent / "moved")).is_complete
+
+
+def test_a_source_that_was_deleted_after_its_use_is_as_it_was(
+    request_: Request, workspace: Path, photos: Path
+) -> None:
+    build_all(workspace, fake.FakeJob(a=fake.FakeStage(source=str(photos))))
+    photos.rename(photos.parent / "moved")
+    assert make_plan(with_source(request_, photos)).is_complete
+    assert not make_plan(with_source(request_, photos.parent / "other")).is_complete
+
+
+def test_a_run_looks_at_its_sources_once(request_: Request, photos: Path) -> None:
+    first = make_plan(with_source(request_, photos))
+    (photos / "late.png").write_text("x")
+    assert make_plan(with_source(request_, photos), first.sources).keys == first.keys
+    assert make_plan(with_source(request_, photos)).keys["a"] != first.keys["a"]
+
+
+def test_reading_commands_take_a_source_as_it_was_used(
+    request_: Request, workspace: Path, photos: Path
+) -> None:
+    build_all(workspace, fake.FakeJob(a=fake.FakeStage(source=str(photos))))
+    (photos / "late.png").write_text("x")
+    assert make_plan(with_source(request_, photos), reads_only=True).is_complete
 
 
 def test_the_same_configuration_has_the_same_run_key(request_: Request) -> None:

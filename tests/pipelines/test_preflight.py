@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +59,57 @@ def test_every_asset_of_the_recipe_is_asked_for(
     check_machine(planned(tmp_path, str(photos)), tmp_path)
     names = ("dinov2-s-saliency", "efficientnet-lite0", "lpips-alex")
     assert asked == [str(photos), *(f"asset:{name}" for name in names)]
+
+
+def test_a_missing_file_of_weights_is_told_before_services_start(
+    tmp_path: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("drorae.data.readers.source.check_source", lambda source: None)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    settings = ("feature_extractor=inception-v3", "inception_weights_path=~/inception.pth")
+    words = ["run", "--set", f"shard.source={photos}"]
+    words += [word for text in settings for word in ("--set", f"evaluate.{text}")]
+    assert cli.main([*words, "--workspace", str(tmp_path / "workspace")]) == 2
+    error = capsys.readouterr().err
+    assert f"evaluate.inception_weights_path='{tmp_path}/home/inception.pth' does not" in error
+    assert "but stage evaluate reads it" in error
+
+
+def test_other_weights_at_the_same_path_give_another_key(tmp_path: Path, photos: Path) -> None:
+    weights = tmp_path / "inception.pth"
+    overrides = (
+        f"shard.source={photos}",
+        "evaluate.feature_extractor=inception-v3",
+        f"evaluate.inception_weights_path={weights}",
+    )
+    request = Request(overrides=overrides, workspace=str(tmp_path / "workspace"))
+    keys = []
+    for content in ("first", "second"):
+        weights.write_text(content)
+        keys.append(make_plan(request).keys)
+    assert keys[0]["evaluate"] != keys[1]["evaluate"]
+    assert keys[0]["finetune"] == keys[1]["finetune"]
+
+
+def test_a_folder_may_be_called_by_a_number_or_from_the_home_folder(
+    tmp_path: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    photos.rename(tmp_path / "2012")
+    (tmp_path / "2012" / "0.png").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = []
+    for source in ("2012", "~/2012", str(tmp_path / "2012")):
+        words = ["plan", "--json", "--set", f"shard.source={source}", "--only", "shard"]
+        assert cli.main([*words, "--workspace", "~/workspace"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["stages"][0]["key"])
+    assert len(set(found)) == 1
 
 
 def test_without_a_perceptual_loss_its_network_is_not_needed(

@@ -19,6 +19,7 @@ from drorae.store.workspace import StageOutput, Workspace
 from drorae.training.jobs import DecoderStage
 from pipelines import cli, stages
 from pipelines.plan import Request, make_plan
+from pipelines.sources import look
 
 SIZES = {"width": 16, "layers": 1, "heads": 2, "mlp_hidden": 24}
 SMALL = [f"decoder.model.{name}={value}" for name, value in SIZES.items()]
@@ -40,7 +41,8 @@ def full_of(*sets: object) -> FullJob:
 
 
 def keys_of(*sets: object) -> dict[str, str]:
-    return stages.stage_keys(full_of(*sets))
+    full = full_of(*sets)
+    return stages.stage_keys(full, sources=look(full, []))
 
 
 @pytest.fixture

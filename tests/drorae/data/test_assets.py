@@ -16,9 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model
 
-from drorae.data.assets import asset_path, assets_folder, convert, download, fetch, substitutes
+from drorae.data.assets import asset_path, assets_folder, convert, download, substitutes
 from drorae.data.assets.catalog import ARCHIVES, Archive, asset_names, damage, read_index
-from drorae.data.assets.fetch import CONVERTERS
+from drorae.data.assets.fetch import CONVERTERS, fetch
 
 SMALL = Archive(
     client="pip",

@@ -26,6 +26,8 @@ class FakeStage:
     """Attempts that fail before one succeeds."""
     user_error: bool = False
     """Whether a failure is the user's."""
+    source: str = ""
+    """Image source; only the key of stage a covers what it contains."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +66,7 @@ def _stage(name: str, *needs: str, **more) -> Stage:
 
 
 TABLE = (
-    _stage("a"),
+    _stage("a", sources=lambda full: ("a.source",)),
     _stage("b", "a"),
     _stage("c", "b"),
     _stage("d", "b", enabled=lambda full: full.with_d),
