@@ -7,6 +7,7 @@ from pathlib import Path
 
 import bench_diffusion
 import bench_fusion
+import bench_host
 import bench_loop
 import pytest
 import torch
@@ -78,6 +79,15 @@ def test_memory_that_was_freed_costs_no_page_faults_again():
     assert works == "True"
     assert int(young) > 10_000
     assert int(settled) < 1_000
+
+
+def test_the_host_is_timed_apart_from_the_device():
+    rows = list(bench_host.rows(CPU, "tiny", 1))
+    assert [row["loop"] for row in rows] == ["diffusion", "tokenizer"]
+    for row in rows:
+        assert row["parameter_tensors"] > 50
+        assert row["step_ms"] > 0
+        assert row["host_ms"] == row["step_ms"] + row["update_ms"]
 
 
 def test_loops_and_checkpoints_are_timed():

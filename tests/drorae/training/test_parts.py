@@ -1,4 +1,5 @@
 import math
+import time
 from typing import Any, Literal, get_args
 
 import pytest
@@ -128,12 +129,26 @@ def test_local_batch_names_sizes_that_divide() -> None:
         World(rank=4, world_size=4)
 
 
-def test_meter_counts_images_and_waiting() -> None:
+def test_meter_divides_the_time_into_data_device_and_host() -> None:
     meter = Meter()
     assert list(meter.timed([1, 2, 3])) == [1, 2, 3]
     meter.count(64)
+    with meter.waiting_for_device():
+        time.sleep(0.05)
     row = meter.read()
     assert row["speed/images_per_s"] > 0
-    assert 0 <= row["speed/data_wait_share"] <= 1
     assert row["speed/peak_memory_bytes"] > 1e6
+    assert 0 <= row["speed/data_wait_share"] + row["speed/host_share"] < 0.9
     assert meter.read()["speed/images_per_s"] == 0
+
+
+def test_slow_batches_are_waiting_for_data_and_slow_steps_work_of_the_host() -> None:
+    meter = Meter()
+    for delay_s in meter.timed(time.sleep(d) or d for d in (0.05, 0.05)):
+        assert delay_s
+    slow_data = meter.read()
+    for _ in meter.timed([1, 2]):
+        time.sleep(0.05)
+    slow_host = meter.read()
+    assert slow_data["speed/data_wait_share"] > 0.5 > slow_data["speed/host_share"]
+    assert slow_host["speed/host_share"] > 0.5 > slow_host["speed/data_wait_share"]
