@@ -75,6 +75,7 @@ STAGES: tuple[Stage, ...] = (
         needs=(),
         sections=("shard",),
         entry="drorae.data.sharding:run_shard",
+        version=2,
         workers=PIXELS,
     ),
     Stage(

@@ -35,6 +35,10 @@ KNOWN_IMAGES = {"asset:cifar10": (50_000, 10_000)}
 
 HALF_BYTES, FLOAT_BYTES = 2, 4
 
+SOURCE_BYTES = 115_000
+"""A training image of ImageNet: ILSVRC2012_img_train.tar has 147,897,477,120 bytes for 1,281,167
+images."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Storage:
@@ -133,7 +137,7 @@ def _stages(
 
 
 def _storage(full: FullJob, networks: Networks, train: int) -> list[Storage]:
-    found = [*_shards(full.shard, train), _latents(full, train)]
+    found = [_shards(full.shard, train), _latents(full, train)]
     if any(getattr(full, name).train.hidden_states == "disk" for name in TOKENIZER_STAGES):
         found.append(_hidden_states(full.encoder, train))
     keep, trained = full.compute.keep_checkpoints, networks.diffusion.trainable
@@ -145,22 +149,20 @@ def _storage(full: FullJob, networks: Networks, train: int) -> list[Storage]:
     return [*found, checkpoints]
 
 
-def _shards(shard: ShardJob, train: int) -> list[Storage]:
-    side, view = shard.resolution_px, shard.view_px
-    squares = Storage(
+def _shards(shard: ShardJob, train: int) -> Storage:
+    if shard.pictures == "source":
+        return Storage(
+            what="shards, source files",
+            size_bytes=train * SOURCE_BYTES,
+            formula=f"{train:,} x {SOURCE_BYTES:,} bytes, a photo of ImageNet; "
+            "they are the source's own files",
+        )
+    side = shard.resolution_px
+    return Storage(
         what="shards, squares",
         size_bytes=train * 3 * side * side,
         formula=f"at most {train:,} x 3 x {side} x {side} bytes, PNG takes less",
     )
-    if view is None:
-        return [squares]
-    views = Storage(
-        what="shards, for random crops",
-        size_bytes=train * 3 * view * view * 4 // 3,
-        formula=f"at most {train:,} x 3 x {view} x {view} x 4/3 bytes for photos of 4:3, "
-        "compression takes less",
-    )
-    return [squares, views]
 
 
 def _latents(full: FullJob, train: int) -> Storage:

@@ -116,11 +116,7 @@ def join_chunks(chunks: Sequence[Mapping[str, np.ndarray]]) -> Reconstructions:
     return Reconstructions(
         labels=joined["labels"],
         values={m: dict(zip(METRICS, table.T, strict=True)) for m, table in values.items()},
-        shown={
-            name: joined[f"shown/{name}"]
-            for name in ("photo", *MODELS)
-            if f"shown/{name}" in joined
-        },
+        shown={name: joined[f"shown/{name}"] for name in ("photo", *values)},
     )
 
 

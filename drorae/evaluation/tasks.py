@@ -54,9 +54,8 @@ def image_tasks(evaluate: EvaluateJob, extent: Extent) -> list[ShardTask]:
     """Everything that makes pictures, in a fixed order; sizes are passes through a network."""
     seen = min(evaluate.num_diagnostic_images, extent.num_photos)
     inspect = ShardTask("inspect", {"kind": "inspect"}, size=6 * seen)
-    tasks = _chunks(
-        "reconstruct", extent.num_photos, evaluate.chunk_photos, 2 + 3 * len(extent.models)
-    )
+    passes = 2 + 3 * len(extent.models)
+    tasks = _chunks("reconstruct", extent.num_photos, evaluate.chunk_photos, passes)
     tasks += [inspect, *_chunks(REAL, extent.num_real, evaluate.chunk_photos, 1)]
     steps = (evaluate.num_grid_points - 1) * (2 if evaluate.sampler == "heun" else 1)
     for guidance in evaluate.guidances:
@@ -78,17 +77,19 @@ def feature_sets(evaluate: EvaluateJob, extent: Extent) -> dict[str, StoredSet]:
                 chunk=evaluate.chunk_samples,
                 decoder=stage,
             )
-    photos = {"num_images": extent.num_photos, "chunk": evaluate.chunk_photos}
+    chunk = evaluate.chunk_photos
     for model in extent.models:
-        sets[f"{PHOTOS}/{model}"] = StoredSet(folder=f"{PHOTOS}-{model}", **photos)
+        sets[f"{PHOTOS}/{model}"] = StoredSet(
+            folder=f"{PHOTOS}-{model}", num_images=extent.num_photos, chunk=chunk
+        )
     drawn_by = "finetune" if evaluate.decoder_for_samples == "finetune" else "fusion"
     sets["reconstruction"] = StoredSet(
         folder=f"{PHOTOS}-{drawn_by}",
         num_images=min(extent.num_photos, evaluate.num_samples),
-        chunk=evaluate.chunk_photos,
+        chunk=chunk,
         decoder=evaluate.decoder_for_samples,
     )
-    sets[REAL] = StoredSet(folder=REAL, num_images=extent.num_real, chunk=evaluate.chunk_photos)
+    sets[REAL] = StoredSet(folder=REAL, num_images=extent.num_real, chunk=chunk)
     return sets
 
 

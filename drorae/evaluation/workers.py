@@ -90,10 +90,8 @@ class ImageWorker:
         arrays, features = _Columns(), _Columns()
         for batch in self._batches(ids):
             images, labels = self._photos("val").read(batch)
-            images, shown = (
-                images.to(self._device),
-                torch.from_numpy(batch < self._job.num_grid_images),
-            )
+            images = images.to(self._device)
+            shown = torch.from_numpy(batch < self._job.num_grid_images)
             drawn = reconstruct(self._tokenizer, images)
             arrays.add("labels", labels.numpy())
             for model, pictures in drawn.items():
@@ -202,7 +200,9 @@ class ImageWorker:
     @functools.cache  # noqa: B019 - an actor has one worker
     def _photos(self, split: str) -> ImageShards:
         cache, threads = node_cache(self._ctx.compute), self._ctx.compute.loader_threads
-        return ImageShards(self._ctx.inputs["shard"], split, cache=cache, threads=threads)
+        return ImageShards(
+            self._ctx.inputs["shard"], split, cache=cache, keep_bytes=0, threads=threads
+        )
 
 
 class MeasureWorker:
