@@ -6,16 +6,19 @@ largest part and every rank is busy for it; the sums are added up over ranks.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from drorae.data.batches import to_unit
-from drorae.data.hidden_states import HiddenStates
 from drorae.shapes import Float, Tensor
 from drorae.tracking import Tracker
 from drorae.training.tokenizer import TokenizerPhase
 from drorae.training.world import World, mean_over_ranks
+
+if TYPE_CHECKING:  # it reads shards, for which a GPU host may lack the packages
+    from drorae.data.hidden_states import HiddenStates
 
 __all__ = ["Evaluator", "psnr_db", "reconstruction_evaluator"]
 
@@ -32,7 +35,7 @@ def psnr_db(
 
 
 def reconstruction_evaluator(
-    phase: TokenizerPhase, held_out: HiddenStates, world: World, num_images: int = 64
+    phase: TokenizerPhase, held_out: "HiddenStates", world: World, num_images: int = 64
 ) -> Evaluator:
     """Build an evaluator of the first `num_images` held-out images; latents without noise.
 

@@ -17,7 +17,6 @@ import bench_device
 import bench_diffusion
 import bench_fusion
 import bench_host
-import bench_loader
 import bench_loop
 import torch
 from bench_timing import keep_freed_memory
@@ -86,13 +85,17 @@ def rows(section: str, device: torch.device, options: argparse.Namespace) -> Ite
         for precision in options.precision:
             yield from paired[section](device, sizes, precision, repeats)
         return
+    if section == "loader":
+        import bench_loader  # which needs pyarrow, and a GPU host may lack it
+
+        yield from bench_loader.rows(device, sizes, repeats)
+        return
     alone = {
         "mfu": bench_device.mfu_rows,
         "compile": bench_device.compile_rows,
         "encoding": bench_device.encoding_rows,
         "host": bench_host.rows,
         "loops": bench_loop.rows,
-        "loader": bench_loader.rows,
     }
     yield from alone[section](device, sizes, repeats)
 
