@@ -3,10 +3,10 @@
 PYTHONPATH=. nice python tests/benchmarks/bench_checkpoint.py --parameters 2e8 --folder /tmp
 
 Every parameter has float32 weight, average and two moments: 16 bytes. Cost grows with the bytes of
-a rank, not with those of the model. `more_memory_in_copies` is what the peak of a process lies above
+a rank, not with those of the model. `more_memory_in_copies` is the peak of a process above
 its tensors, over their bytes; on a GPU that is all host memory that it takes.
 
-2026-11-25, two cores of an AMD EPYC shared with nineteen other programs (load 14 to 39, so that wall
+2026-11-25, two cores of an AMD EPYC shared with other programs (load 14 to 39: wall
 time says nothing), 0.2e9 parameters, 1.61 GB a rank. A save: the loop stands still for 0.33 CPU-s
 (0.2 CPU-s a GB; 1.1 the first time, when the memory is taken), 1.9 CPU-s a GB in all, 1.00 copies.
 A restore: 2.9 CPU-s a GB, 1.01 copies. Whole files of rank 0 took 7 and 10 CPU-s a GB and 2.4
