@@ -69,6 +69,7 @@ class EncodeShard:
             ctx.inputs["shard"],
             SPLIT,
             cache=node_cache(ctx.compute),
+            keep_bytes=0,  # an actor needs the images of its shards alone, each once
             threads=ctx.compute.loader_threads,
         )
         self._starts = np.cumsum([0, *self._images.shard_rows])

@@ -92,6 +92,14 @@ def test_latents_and_statistics_are_those_of_the_modules(setting: Setting):
     assert shards.labels.tolist() == labels.tolist()
 
 
+def test_a_coarser_number_format_moves_latents_a_little(setting: Setting):
+    exact, coarse = LatentShards(setting.run("a")), setting.run("b", precision="bfloat16")
+    ids = np.arange(len(exact))
+    expected, found = exact.read(ids)[0].float(), LatentShards(coarse).read(ids)[0].float()
+    moved = (found - expected).square().mean().sqrt() / expected.std()
+    assert 1e-4 < moved < 0.03  # bfloat16 has 8 bits
+
+
 def test_rerun_writes_the_same_bytes(setting: Setting):
     first, second = setting.run("a"), setting.run("b")
     assert first.manifest.files == second.manifest.files

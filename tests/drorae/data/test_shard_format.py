@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from drorae.data import shard_format
 from drorae.data.shard_format import (
     PICTURE_SCHEMA,
     ShardPart,
@@ -97,6 +98,29 @@ def test_latents_are_rows_of_one_size_at_the_stated_byte(tmp_path: Path):
     index = parse_index((tmp_path / index_name("train")).read_bytes())
     assert index.offsets == (part.offsets,)
     assert len(index.sizes) == len(index.starts) == 0
+
+
+def test_rows_may_be_filled_while_they_are_written(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(shard_format, "WRITE_BYTES", 50)  # 1.4 rows
+    rows, values, asked = np.zeros((5, 2, 3, 3), np.float16), latents(5), []
+
+    def filled(count: int) -> None:
+        asked.append(count)
+        rows[:count] = values[:count]
+
+    name, labels = part_name("train", 0), np.zeros(5)
+    write_latent_shard(str(tmp_path), name, {"latent": rows}, labels, 0, filled)
+    assert asked == [2, 3, 5, 5]
+    assert mapped(tmp_path / name).column("latent").to_pylist() == values.tolist()
+
+
+def test_a_writer_that_is_given_up_leaves_no_shard(tmp_path: Path):
+    def filled(count: int) -> None:
+        raise RuntimeError("not computed")
+
+    with pytest.raises(RuntimeError, match="not computed"):
+        write_latent_shard(str(tmp_path), "train/p", {"latent": latents(2)}, np.zeros(2), 0, filled)
+    assert not list((tmp_path / "train").iterdir())
 
 
 def test_equal_rows_give_equal_bytes(tmp_path: Path):
