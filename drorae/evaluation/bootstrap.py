@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Interval", "intervals", "paired_differences", "resample_counts"]
+__all__ = ["Interval", "intervals", "resample_counts"]
 
 CHUNK_REPLICATES = 250  # bounds the count matrix to 250 x N float64
 
@@ -84,19 +84,6 @@ def intervals(
         name: Interval(mean=float(table[:, i].mean()), lo=float(low[i]), hi=float(high[i]))
         for i, name in enumerate(values)
     }
-
-
-def paired_differences(
-    first: dict[str, np.ndarray],
-    second: dict[str, np.ndarray],
-    *,
-    labels: np.ndarray | None = None,
-    replicates: int = 2000,
-    seed: int = 0,
-) -> dict[str, Interval]:
-    """Interval of first minus second, per metric, over the same images."""
-    columns = {name: np.asarray(first[name]) - np.asarray(second[name]) for name in first}
-    return intervals(columns, labels=labels, replicates=replicates, seed=seed)
 
 
 def _resampled_means(
