@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.stats
 
-__all__ = ["Interval", "intervals", "paired_differences"]
+__all__ = ["Interval", "intervals"]
 
 CHUNK_REPLICATES = 250
 """Replicates drawn at once, which bounds the matrix of counts to 250 x units float64."""
@@ -79,19 +79,6 @@ def intervals(
         name: Interval(mean=float(mean[i]), lo=float(mean[i] + low[i]), hi=float(mean[i] + high[i]))
         for i, name in enumerate(values)
     }
-
-
-def paired_differences(
-    first: dict[str, np.ndarray],
-    second: dict[str, np.ndarray],
-    *,
-    labels: np.ndarray | None = None,
-    replicates: int = 2000,
-    seed: int = 0,
-) -> dict[str, Interval]:
-    """Interval of first minus second, per metric, over the same images."""
-    columns = {name: np.asarray(first[name]) - np.asarray(second[name]) for name in first}
-    return intervals(columns, labels=labels, replicates=replicates, seed=seed)
 
 
 def _units(table: np.ndarray, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

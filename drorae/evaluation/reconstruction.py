@@ -13,12 +13,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from drorae.evaluation.bootstrap import Interval, intervals, paired_differences
+from drorae.evaluation.bootstrap import Interval, intervals
 from drorae.evaluation.image_metrics import lpips_per_image, psnr_per_image, ssim_per_image
 from drorae.evaluation.inference import Tokenizer
 from drorae.shapes import Float, Tensor, UInt8
 
 __all__ = [
+    "METRICS",
     "MODELS",
     "PAIRS",
     "Photos",
@@ -123,15 +124,20 @@ def join_chunks(chunks: Sequence[Mapping[str, np.ndarray]]) -> Reconstructions:
 def summarise(
     found: Reconstructions, *, replicates: int, seed: int
 ) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, Interval]]]:
-    """Intervals of each model and of paired differences, by resampling within classes."""
-    shared = {"labels": found.labels, "replicates": replicates, "seed": seed}
-    means = {model: intervals(columns, **shared) for model, columns in found.values.items()}
-    differences = {
-        f"{first}-{second}": paired_differences(found.values[first], found.values[second], **shared)
-        for first, second in PAIRS
-        if first in found.values and second in found.values
-    }
-    return means, differences
+    """Intervals of each model and of paired differences, by resampling classes.
+
+    All share one set of draws, which is what costs: time grows with replicates times photos.
+    """
+    tables = dict(found.values)
+    for first, second in PAIRS:
+        if first in found.values and second in found.values:
+            left, right = found.values[first], found.values[second]
+            tables[f"{first}-{second}"] = {m: left[m] - right[m] for m in METRICS}
+    columns = {f"{name}/{m}": table[m] for name, table in tables.items() for m in METRICS}
+    drawn = intervals(columns, labels=found.labels, replicates=replicates, seed=seed)
+    rows = {name: {m: drawn[f"{name}/{m}"] for m in METRICS} for name in tables}
+    means = {name: rows[name] for name in found.values}
+    return means, {name: row for name, row in rows.items() if name not in means}
 
 
 def per_image_table(found: Reconstructions) -> pa.Table:

@@ -71,6 +71,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "DRORAE_ASSETS": str(folder / "assets"),
         "DRORAE_CACHE": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
+        "RAY_raylet_start_wait_time_s": "120",
     }
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(folder)],

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from drorae.evaluation.bootstrap import intervals, paired_differences
+from drorae.evaluation.bootstrap import intervals
+from drorae.evaluation.reconstruction import METRICS, Reconstructions, summarise
 from tests.benchmarks.interval_coverage import coverage
 
 
@@ -16,9 +17,13 @@ def test_interval_has_the_width_of_the_standard_error() -> None:
 
 def test_paired_difference_is_blind_to_spread_between_images() -> None:
     base = np.random.default_rng(0).normal(scale=100.0, size=500)
-    found = paired_differences({"psnr": base + 0.5}, {"psnr": base}, replicates=500)["psnr"]
-    assert found.lo == pytest.approx(0.5)
-    assert found.hi == pytest.approx(0.5)
+    values = {m: dict.fromkeys(METRICS, base + shift) for m, shift in (("rae", 0), ("fusion", 0.5))}
+    found = Reconstructions(labels=np.zeros(500), values=values, shown={})
+    means, differences = summarise(found, replicates=500, seed=0)
+    assert set(means) == {"rae", "fusion"}
+    assert differences["fusion-rae"]["psnr"].lo == pytest.approx(0.5)
+    assert differences["fusion-rae"]["psnr"].hi == pytest.approx(0.5)
+    assert means["rae"]["psnr"].hi - means["rae"]["psnr"].lo > 10
 
 
 @pytest.mark.parametrize("per_class", [1, 2, 5, 40])
