@@ -27,9 +27,9 @@ class ShardJob:
     pictures: Literal["square", "source"] = "square"
     """What a shard holds of each image. `square`: the square of `resolution_px` as an exact PNG, so
     that loading is cheap whatever the source. `source`: the file as it is (pixel arrays as a PNG of
-    the whole image), from which the same square, or a random crop, is made at load: about 5 times
-    less work here and, for ImageNet at 256 px, 110 kB an image where a square has 115 kB and the
-    square with a whole PNG has 440 kB; large photos cost their size at each load."""
+    the whole image), from which the same square, or a random crop, is made at load: about a third
+    of the work here and, for ImageNet, the source's 115 kB an image, where a square of 256 px takes
+    about 110 kB and allows no crops; large photos cost their size at each load."""
     view_px: int | None = None
     """Shorter side to which random crops scale a training image, aspect kept; none: no random
     crops. RAE stage 1: int(1.5 * resolution_px). Needs `pictures="source"`."""

@@ -24,7 +24,7 @@ class FullJob:
     seed: int = 0
     """Seed of initialisation, sample order, noise and generated samples."""
     shard: ShardJob
-    """Raw images to Parquet shards."""
+    """Raw images to shards."""
     encoder: EncoderConfig
     """The frozen encoder."""
     decoder: DecoderStage
