@@ -33,6 +33,9 @@ IMAGENET = (1_281_167, 50_000)
 KNOWN_IMAGES = {"asset:cifar10": (50_000, 10_000)}
 """Training and validation images by source; any other source is taken for ImageNet-1k."""
 
+SOURCE_BYTES = 110_000
+"""A photograph of ImageNet-1k: 140 GB in all."""
+
 HALF_BYTES, FLOAT_BYTES = 2, 4
 
 
@@ -146,21 +149,20 @@ def _storage(full: FullJob, networks: Networks, train: int) -> list[Storage]:
 
 
 def _shards(shard: ShardJob, train: int) -> list[Storage]:
-    side, view = shard.resolution_px, shard.view_px
-    squares = Storage(
-        what="shards, squares",
-        size_bytes=train * 3 * side * side,
-        formula=f"at most {train:,} x 3 x {side} x {side} bytes, PNG takes less",
-    )
-    if view is None:
+    side = shard.resolution_px
+    if shard.pictures == "square":
+        squares = Storage(
+            what="shards, squares",
+            size_bytes=train * 3 * side * side,
+            formula=f"at most {train:,} x 3 x {side} x {side} bytes, PNG takes less",
+        )
         return [squares]
-    views = Storage(
-        what="shards, for random crops",
-        size_bytes=train * 3 * view * view * 4 // 3,
-        formula=f"at most {train:,} x 3 x {view} x {view} x 4/3 bytes for photos of 4:3, "
-        "compression takes less",
+    sources = Storage(
+        what="shards, source files",
+        size_bytes=train * SOURCE_BYTES,
+        formula=f"{train:,} x {SOURCE_BYTES:,} bytes, the mean of ImageNet-1k; other photos differ",
     )
-    return [squares, views]
+    return [sources]
 
 
 def _latents(full: FullJob, train: int) -> Storage:

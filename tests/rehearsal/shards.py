@@ -22,7 +22,7 @@ from drorae.data.loaders import crop_batches, tokenizer_batches
 from drorae.data.random_crops import RandomCrops
 from drorae.data.shard_files import CHECKED_SCHEMA
 from drorae.data.shard_format import ShardPart
-from drorae.data.shard_map import BuildWorker, ShardTask, run_in_process
+from drorae.data.shard_map import BuildWorker, Resources, ShardTask, run_in_process
 from drorae.data.shard_plan import read_plan
 from drorae.data.sharding import run_shard
 from drorae.store.context import StageContext
@@ -151,10 +151,10 @@ def _plan_files(folder: Path, count: int) -> int:
 
 
 def _no_work(
-    tasks: Sequence[ShardTask], build_worker: BuildWorker, compute: Compute, num_gpus: float
+    tasks: Sequence[ShardTask], build_worker: BuildWorker, compute: Compute, resources: Resources
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """An executor whose pictures are all good and of 100 kB."""
-    del build_worker, compute, num_gpus
+    del build_worker, compute, resources
     answer = _write_answer if "name" in tasks[0].payload else _check_answer
     return ((task.name, answer(task)) for task in tasks)
 
