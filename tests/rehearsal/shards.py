@@ -15,14 +15,14 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from drorae.config import Compute
+from drorae.config import Compute, Resources
 from drorae.data.images import ImageShards
 from drorae.data.jobs import OrderConfig, ShardJob
 from drorae.data.loaders import crop_batches, tokenizer_batches
 from drorae.data.random_crops import RandomCrops
 from drorae.data.shard_files import CHECKED_SCHEMA
 from drorae.data.shard_format import ShardPart
-from drorae.data.shard_map import BuildWorker, Resources, ShardTask, run_in_process
+from drorae.data.shard_map import BuildWorker, ShardTask, run_in_process
 from drorae.data.shard_plan import read_plan
 from drorae.data.sharding import run_shard
 from drorae.store.context import StageContext
