@@ -48,8 +48,8 @@ class Compute:
     threads_per_worker: int = 2
     """CPU threads that torch may use in one worker."""
     loader_threads: int = 4
-    """Threads of a worker that read and decode training batches ahead of their use, one batch each;
-    at most twice as many batches are held ready."""
+    """Threads of a worker or actor that read and decode images and latents ahead of their use. In
+    training each makes one batch, and at most twice as many are held ready."""
     use_gpu: bool = False
     """Ask Ray for one GPU for each training worker and each actor that runs networks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -75,6 +75,7 @@ STAGES: tuple[Stage, ...] = (
         needs=(),
         sections=("shard",),
         entry="drorae.data.sharding:run_shard",
+        version=2,
         workers=PIXELS,
     ),
     Stage(
@@ -82,6 +83,7 @@ STAGES: tuple[Stage, ...] = (
         needs=("shard",),
         sections=("seed", "encoder", "decoder"),
         entry="drorae.training.stages:run_decoder",
+        version=2,
         needs_if={"shard": _is_trained},
     ),
     Stage(
@@ -89,18 +91,21 @@ STAGES: tuple[Stage, ...] = (
         needs=("shard", "decoder"),
         sections=("seed", "encoder", "fusion"),
         entry="drorae.training.stages:run_fusion",
+        version=2,
     ),
     Stage(
         name="finetune",
         needs=("shard", "decoder", "fusion"),
         sections=("seed", "encoder", "finetune"),
         entry="drorae.training.stages:run_finetune",
+        version=2,
     ),
     Stage(
         name="control",
         needs=("shard", "decoder"),
         sections=("seed", "encoder", "control"),
         entry="drorae.training.stages:run_control",
+        version=2,
         enabled=_with_control,
     ),
     Stage(
@@ -116,12 +121,14 @@ STAGES: tuple[Stage, ...] = (
         needs=("latents",),
         sections=("seed", "diffusion"),
         entry="drorae.training.stages:run_diffusion",
+        version=2,
     ),
     Stage(
         name="guide",
         needs=("latents",),
         sections=("seed", "guide"),
         entry="drorae.training.stages:run_guide",
+        version=2,
         enabled=_with_guide,
     ),
     Stage(

@@ -33,10 +33,11 @@ IMAGENET = (1_281_167, 50_000)
 KNOWN_IMAGES = {"asset:cifar10": (50_000, 10_000)}
 """Training and validation images by source; any other source is taken for ImageNet-1k."""
 
-SOURCE_BYTES = 110_000
-"""A photograph of ImageNet-1k: 140 GB in all."""
-
 HALF_BYTES, FLOAT_BYTES = 2, 4
+
+SOURCE_BYTES = 115_000
+"""A training image of ImageNet: ILSVRC2012_img_train.tar has 147,897,477,120 bytes for 1,281,167
+images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +137,7 @@ def _stages(
 
 
 def _storage(full: FullJob, networks: Networks, train: int) -> list[Storage]:
-    found = [*_shards(full.shard, train), _latents(full, train)]
+    found = [_shards(full.shard, train), _latents(full, train)]
     if any(getattr(full, name).train.hidden_states == "disk" for name in TOKENIZER_STAGES):
         found.append(_hidden_states(full.encoder, train))
     keep, trained = full.compute.keep_checkpoints, networks.diffusion.trainable
@@ -148,21 +149,20 @@ def _storage(full: FullJob, networks: Networks, train: int) -> list[Storage]:
     return [*found, checkpoints]
 
 
-def _shards(shard: ShardJob, train: int) -> list[Storage]:
-    side = shard.resolution_px
-    if shard.pictures == "square":
-        squares = Storage(
-            what="shards, squares",
-            size_bytes=train * 3 * side * side,
-            formula=f"at most {train:,} x 3 x {side} x {side} bytes, PNG takes less",
+def _shards(shard: ShardJob, train: int) -> Storage:
+    if shard.pictures == "source":
+        return Storage(
+            what="shards, source files",
+            size_bytes=train * SOURCE_BYTES,
+            formula=f"{train:,} x {SOURCE_BYTES:,} bytes, a photo of ImageNet; "
+            "they are the source's own files",
         )
-        return [squares]
-    sources = Storage(
-        what="shards, source files",
-        size_bytes=train * SOURCE_BYTES,
-        formula=f"{train:,} x {SOURCE_BYTES:,} bytes, the mean of ImageNet-1k; other photos differ",
+    side = shard.resolution_px
+    return Storage(
+        what="shards, squares",
+        size_bytes=train * 3 * side * side,
+        formula=f"at most {train:,} x 3 x {side} x {side} bytes, PNG takes less",
     )
-    return [sources]
 
 
 def _latents(full: FullJob, train: int) -> Storage:

@@ -85,8 +85,10 @@ class LatentJob:
     batch_images: int = 32
     """Images in one encoder call."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """Number format of the encoder's and the fusion's products. The result is
-    stored in float16 either way."""
+    """Number format of the products of encoder and fusion; the result is stored in float16 all the
+    same. `tf32` uses a GPU's TF32 units. `bfloat16` moves a latent by 0.8 % of its deviation (root
+    mean square, at most 4 %) and lowers the variance by 0.2 %, 16 times what storing rounds: a
+    random encoder of 12 blocks and width 192 on a CPU, 2026-11-25."""
     flip: bool = False
     """Store the latent of the mirrored image too, so that training can flip as RAE's stage 2
     does."""

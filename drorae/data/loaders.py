@@ -91,11 +91,15 @@ class LatentReader(Shards, Protocol):
     """What is needed of `drorae.data.latent_shards.LatentShards`."""
 
     has_flip: bool
+    shape: tuple[int, int, int]
 
     def read(
-        self, ids: np.ndarray, flip: np.ndarray | None = None
+        self,
+        ids: np.ndarray,
+        flip: np.ndarray | None = None,
+        out: Float[Tensor, "batch channels height width"] | None = None,
     ) -> tuple[Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]:
-        """Latents as stored, and labels."""
+        """Latents as stored, in `out` if that is given, and labels."""
         ...
 
 
@@ -171,7 +175,10 @@ def latent_batches(
 
     def make(place: _Place) -> LatentBatch:
         flip = flips(delivery["seed"], place.epoch, place.ids) if latents.has_flip else None
-        return LatentBatch(*place, *latents.read(place.ids, flip))
+        shape = (len(place.ids), *latents.shape)
+        # torch keeps page-locked memory and gives it out again
+        out = torch.empty(shape, dtype=torch.half, pin_memory=True) if delivery.get("pin") else None
+        return LatentBatch(*place, *latents.read(place.ids, flip, out))
 
     return _in_order(make, latents, start_step, **delivery)
 

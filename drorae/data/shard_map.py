@@ -2,7 +2,8 @@
 
 Ray Data's own writers name files at random and may merge blocks, so workers write their files
 themselves, atomically and under fixed names, and return a small JSON result. The marker
-`done/<name>.json` is written after the worker's files; it holds that result.
+`done/<name>.json` is written after the worker's files; it holds that result. A rerun reads them in
+bundles (`known_results.py`).
 """
 
 import functools
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
 from drorae.config import Compute, Resources
+from drorae.data.known_results import KnownResults
 from drorae.store import files
 
 PLAIN = Resources()
@@ -85,7 +87,8 @@ def map_shards(
     if len(set(names)) != len(names):
         raise ValueError(f"shard names repeat in {names[:8]}: expected one name a shard.")
     done_uri = files.join(work_uri, "done")
-    results = _read_markers(done_uri, set(names))
+    known = KnownResults(done_uri)
+    results = known.read(set(names))
     missing = [task for task in tasks if task.name not in results]
     sizes = {task.name: task.size for task in tasks}
     total, done = sum(sizes.values()), sum(sizes[name] for name in results)
@@ -96,8 +99,10 @@ def map_shards(
         build_marking = functools.partial(_MarkingWorker, build_worker, done_uri)
         for name, result in run(missing, build_marking, compute, worker):
             results[name] = result
+            known.add(name, result)
             done += sizes[name]
             report(done, total)
+        known.write()
     lost = [name for name in names if name not in results]
     if lost:
         raise RuntimeError(
@@ -117,14 +122,6 @@ class _MarkingWorker:
         result = self._worker(task)
         files.write_json(files.join(self._done_uri, f"{task.name}.json"), result)
         return result
-
-
-def _read_markers(done_uri: str, names: set[str]) -> dict[str, dict[str, Any]]:
-    present = [name for name in files.list_files(done_uri) if name.endswith(".json")]
-    stems = {name.removesuffix(".json"): name for name in present}
-    return {
-        stem: files.read_json(files.join(done_uri, stems[stem])) for stem in stems if stem in names
-    }
 
 
 def run_in_process(

@@ -19,7 +19,8 @@ def plan_tasks(
 ) -> list[ShardTask]:
     """Write a table for each task into one file, and name the tasks after their content.
 
-    A marker of an earlier attempt therefore never stands for other rows.
+    A marker of an earlier attempt therefore never stands for other rows. The size of a task is its
+    number of rows.
 
     Args:
         uri: The file.
@@ -35,7 +36,8 @@ def plan_tasks(
             data = _as_bytes(table)
             digest = hashlib.sha256(data + repr(sorted(values.items())).encode()).hexdigest()
             place = {"plan": uri, "start": start, "end": start + len(data)}
-            tasks.append(ShardTask(f"{prefix}-{number:05d}-{digest[:20]}", {**place, **values}))
+            name = f"{prefix}-{number:05d}-{digest[:20]}"
+            tasks.append(ShardTask(name, {**place, **values}, size=len(table)))
             file.write(data)
             start += len(data)
 

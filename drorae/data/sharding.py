@@ -169,8 +169,9 @@ def _check(
         work_uri=ctx.work_uri,
         compute=ctx.compute,
         on_progress=lambda done, total: ctx.progress(
-            done, total, "chunks", message=f"check {len(pending)} images, round {number}"
+            done, total, "checked images", message=f"check, round {number}"
         ),
+        worker=ctx.workers,
         executor=executor,
     )
     checked.add([task.name for task in tasks], results)
@@ -238,8 +239,9 @@ def _write_split(
         work_uri=ctx.work_uri,
         compute=ctx.compute,
         on_progress=lambda done, total: ctx.progress(
-            done, total, "shards", message=f"write {split}"
+            done, total, f"{split} images", message=f"write {split}"
         ),
+        worker=ctx.workers,
         executor=executor,
     )
     return [ShardPart.from_json(result) for result in results]

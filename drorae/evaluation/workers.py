@@ -200,7 +200,9 @@ class ImageWorker:
     @functools.cache  # noqa: B019 - an actor has one worker
     def _photos(self, split: str) -> ImageShards:
         cache, threads = node_cache(self._ctx.compute), self._ctx.compute.loader_threads
-        return ImageShards(self._ctx.inputs["shard"], split, cache=cache, threads=threads)
+        return ImageShards(
+            self._ctx.inputs["shard"], split, cache=cache, keep_bytes=0, threads=threads
+        )
 
 
 class MeasureWorker:

@@ -94,7 +94,8 @@ class FullJob:
             if train.view == "random_crop" and self.shard.view_px is None:
                 raise ValueError(
                     f"{name}.train.view=random_crop needs whole training images: set "
-                    f"shard.view_px, for example {self.shard.resolution_px * 3 // 2}."
+                    "shard.pictures=source and shard.view_px, for example "
+                    f"{self.shard.resolution_px * 3 // 2}."
                 )
 
     def _check_imported_stats(self) -> None:

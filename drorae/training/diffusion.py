@@ -13,7 +13,6 @@ latents are normalised too; between two log points nothing waits for the device.
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from drorae.diffusion.interpolation import add_noise, velocity_loss
@@ -28,7 +27,7 @@ from drorae.training.jobs import DiffusionStage
 from drorae.training.loop import LoopTools, TrainReport
 from drorae.training.parallel import distribute
 from drorae.training.state import apply_update, begin, finish
-from drorae.training.world import part_slices
+from drorae.training.world import autocast, part_slices
 
 __all__ = ["DiffusionBatch", "draw_step", "loss_terms", "train_diffusion"]
 
@@ -192,7 +191,6 @@ def _cut(whole: Part, num_parts: int) -> list[Part]:
 def _forward(job: DiffusionStage, network: nn.Module, part: Part) -> dict[str, Tensor]:
     heads = {"with_base": True} if job.model.base_head_after is not None else {}
     noisy = add_noise(part.clean, part.noise, part.t)
-    device_type = noisy.device.type
-    with torch.autocast(device_type, torch.bfloat16, enabled=job.precision == "bfloat16"):
+    with autocast(noisy.device, job.precision):
         output = network(noisy, part.t, part.labels, **heads)
     return loss_terms(job, output, part.clean, part.noise, part.t)

@@ -25,6 +25,7 @@ from drorae.training.intervals import mean_terms
 from drorae.training.jobs import TokenizerTraining
 from drorae.training.state import TrainState, apply_update, seed_part
 from drorae.training.watchdog import unhurried
+from drorae.training.world import autocast
 
 __all__ = ["Part", "TokenizerPhase", "TokenizerStep", "noised"]
 
@@ -168,7 +169,7 @@ class TokenizerStep:
         self, part: Part, state: TrainState, *, with_features: bool = False
     ) -> Reconstruction:
         noise_ids = state.step * self.job.batch_images + part.positions
-        with self._autocast(part.images.device):
+        with autocast(part.images.device, self.job.precision):
             fused = self.phase.encode(part.hidden)
             latent = noised(fused.latent, self.job, self.seed, noise_ids)
             if not with_features:
@@ -192,6 +193,3 @@ class TokenizerStep:
         """Reconstruction of clean latents with the updated weights, outside of autocast."""
         seed_part(self.seed, state.step, state.world, part.number)
         return self.phase.decode(self.phase.encode(part.hidden).latent).float()
-
-    def _autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.job.precision == "bfloat16")

@@ -4,6 +4,7 @@
 """
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-__all__ = ["World", "mean_over_ranks", "part_slices", "wrap_ddp"]
+__all__ = ["World", "autocast", "mean_over_ranks", "part_slices", "wrap_ddp"]
 
 CPU = torch.device("cpu")
 
@@ -78,6 +79,13 @@ def _keep_buffers() -> dict[str, Any]:
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return {name: False}
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Forward passes in bfloat16 where the precision says so; otherwise as the tensors are."""
+    if precision != "bfloat16":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 def part_slices(num_images: int, num_parts: int) -> list[slice]:

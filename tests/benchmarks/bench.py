@@ -16,6 +16,7 @@ from typing import Any
 import bench_device
 import bench_diffusion
 import bench_fusion
+import bench_loader
 import bench_loop
 import torch
 from bench_timing import keep_freed_memory
@@ -29,6 +30,7 @@ SECTIONS = {
     "compile": "torch.compile, forward and backward, bfloat16",
     "encoding": "Images to latents, bfloat16",
     "loops": "Training loops against bare ones, and the share of checkpoints",
+    "loader": "Latents from a mapped array into batches, against plain copies",
 }
 
 
@@ -87,6 +89,7 @@ def rows(section: str, device: torch.device, options: argparse.Namespace) -> Ite
         "compile": bench_device.compile_rows,
         "encoding": bench_device.encoding_rows,
         "loops": bench_loop.rows,
+        "loader": bench_loader.rows,
     }
     yield from alone[section](device, sizes, repeats)
 

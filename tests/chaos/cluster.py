@@ -32,7 +32,7 @@ class NodeCluster:
 
         self._cluster = Cluster(shutdown_at_exit=False)
         # Its server for health checks takes a port even without a dashboard.
-        self._add(num_cpus=0, include_dashboard=False, dashboard_port=_free_port())
+        self._add(num_cpus=0, num_gpus=0, include_dashboard=False, dashboard_port=_free_port())
 
     @property
     def head(self) -> Any:
@@ -44,9 +44,9 @@ class NodeCluster:
         """Address for RAY_ADDRESS."""
         return str(self._cluster.address)
 
-    def add_node(self) -> Any:
-        """Start a node with room for one rank."""
-        return self._add(num_cpus=1)
+    def add_node(self, num_gpus: int = 0) -> Any:
+        """Start a node with room for one rank, which may declare GPUs."""
+        return self._add(num_cpus=1, num_gpus=num_gpus)
 
     def _add(self, **arguments: Any) -> Any:
         return self._cluster.add_node(object_store_memory=STORE_BYTES, **arguments)
@@ -89,12 +89,15 @@ def raylet_pids(node: Any) -> list[int]:
 
 
 @contextmanager
-def running(num_nodes: int, environment: Mapping[str, str]) -> Iterator[NodeCluster]:
+def running(
+    num_nodes: int, environment: Mapping[str, str], *, num_gpus: int = 0
+) -> Iterator[NodeCluster]:
     """A cluster with a head and so many nodes; this process's environment points at it.
 
     Args:
         num_nodes: Nodes beside the head.
         environment: Variables of all its processes, and of this one meanwhile.
+        num_gpus: GPUs that each node declares, but not the head.
     """
     # Short: a Unix socket path has at most 107 bytes, and Ray appends about 80.
     folder = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp"))
@@ -109,7 +112,7 @@ def running(num_nodes: int, environment: Mapping[str, str]) -> Iterator[NodeClus
     try:
         cluster = NodeCluster()
         for _ in range(num_nodes):
-            cluster.add_node()
+            cluster.add_node(num_gpus)
         os.environ["RAY_ADDRESS"] = cluster.address
         yield cluster
     finally:

@@ -54,11 +54,14 @@ class FakeHidden:
 
 
 class FakeLatents(FakeShards):
-    def read(self, ids: np.ndarray, flip: np.ndarray | None = None):
+    shape = (1, 1, 1)
+
+    def read(self, ids: np.ndarray, flip: np.ndarray | None = None, out=None):
         values = torch.from_numpy(ids).half()
         if flip is not None:
             values = torch.where(torch.from_numpy(flip), -values, values)
-        return values.view(-1, 1, 1, 1), torch.from_numpy(ids)
+        values = values.view(-1, *self.shape)
+        return values if out is None else out.copy_(values), torch.from_numpy(ids)
 
 
 def tokens(**changes):

@@ -218,7 +218,9 @@ def test_a_wait_for_bytes_that_arrive_is_reported(tmp_path, source, monkeypatch)
     assert not arrivals.is_arriving()
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     st.lists(st.integers(1, 120), min_size=2, max_size=6),
     st.integers(50, 300),

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from drorae.config import Compute, Resources
+from drorae.data import known_results
 from drorae.data.shard_map import ShardTask, map_shards, num_actors, run_in_process
 from drorae.store import files
 
@@ -49,6 +50,19 @@ def test_rerun_redoes_only_what_is_missing(tmp_path: Path):
     files.delete(str(tmp_path / "work/done/part-2.json"))
     assert [r["double"] for r in run(tmp_path)] == [0, 2, 4, 6]
     assert calls(tmp_path) == ["part-0", "part-1", "part-2", "part-3", "part-2"]
+
+
+@pytest.mark.parametrize("bundle", [2, 3, 100])
+def test_a_rerun_reads_bundles_and_not_every_marker(tmp_path: Path, monkeypatch, bundle: int):
+    monkeypatch.setattr(known_results, "BUNDLE_RESULTS", bundle)
+    tasks = [ShardTask(f"part-{i:02d}", {"number": i}) for i in range(10)]
+    run(tmp_path, tasks)
+    read: list[str] = []
+    real = files.read_json
+    monkeypatch.setattr(files, "read_json", lambda uri: read.append(uri) or real(uri))
+    assert [r["double"] for r in run(tmp_path, tasks)] == [2 * i for i in range(10)]
+    assert len(read) <= 10 // bundle + 1
+    assert len(calls(tmp_path)) == 10
 
 
 def test_a_failure_keeps_what_was_done(tmp_path: Path):

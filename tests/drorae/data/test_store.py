@@ -15,7 +15,6 @@ from drorae.data.shard_cache import ShardCache
 from drorae.store.workspace import StageOutput
 
 ROWS = (40, 40, 20)
-MB = 1e-6
 
 
 @pytest.fixture
@@ -70,8 +69,8 @@ def test_few_rows_are_read_by_range_and_many_as_a_whole(local, cache, monkeypatc
     shards = LatentShards(output, cache=cache)
     shards.read(np.array([0, 50]))
     assert not bodies(cache)
-    ranges = [(start, end) for name, start, end in remote.requests if "part-" in name]
-    assert [end - start for start, end in ranges] == [36, 36]  # 2 x 3 x 3 float16
+    ranges = [(end or 0) - (start or 0) for name, start, end in remote.requests if "part-" in name]
+    assert ranges == [36, 36]  # 2 x 3 x 3 float16
     shards.read(np.arange(40))
     assert len(bodies(cache)) == 1
     before = len(remote.requests)

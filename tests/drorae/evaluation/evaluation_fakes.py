@@ -15,12 +15,7 @@ from safetensors.torch import save, save_file
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from drorae.config import Compute, to_json
-from drorae.data.shard_format import (
-    PICTURE_SCHEMA,
-    part_name,
-    write_index,
-    write_picture_shard,
-)
+from drorae.data.shard_format import PICTURE_SCHEMA, part_name, write_index, write_picture_shard
 from drorae.evaluation.features import Features, file_sha256
 from drorae.models.decoder import Decoder, DecoderConfig
 from drorae.models.dit import DiT, DiTConfig
@@ -74,23 +69,25 @@ def write_shards(ctx: StageContext) -> StageResult:
     entries = []
     for split, rows in (("train", NUM_TRAIN), ("val", NUM_VAL)):
         pixels = generator.integers(0, 256, size=(rows, 4, 4, 3), dtype=np.uint8)
-        pictures = [_png(p.repeat(8, 0).repeat(8, 1)) for p in pixels]
-        columns = {
-            "id": range(rows),
-            "key": [f"{split}/{number}" for number in range(rows)],
-            "label": [number % 3 for number in range(rows)],
-            "image": pictures,
-            "source_sha256": [""] * rows,
-            "source_width": [SIDE_PX] * rows,
-            "source_height": [SIDE_PX] * rows,
-        }
-        batch = pa.RecordBatch.from_pydict(columns, schema=PICTURE_SCHEMA)
-        part = write_picture_shard(ctx.output_uri, part_name(split, 0), batch)
+        pictures = [
+            {
+                "id": row,
+                "key": str(row),
+                "label": row % 3,
+                "image": _png(coarse.repeat(8, 0).repeat(8, 1)),
+                "source_sha256": "",
+                "source_width": SIDE_PX,
+                "source_height": SIDE_PX,
+            }
+            for row, coarse in enumerate(pixels)
+        ]
+        batch = pa.RecordBatch.from_pylist(pictures, schema=PICTURE_SCHEMA)
+        name = part_name(split, 0)
+        part = write_picture_shard(ctx.output_uri, name, batch)
         entries += [part.entry, write_index(ctx.output_uri, split, [part])]
         counts[split] = {"rows": rows, "shards": [rows]}
-    entries.append(ctx.put_json("counts.json", counts))
-    entries.append(ctx.put_json("config.json", {"shard": {"pictures": "square"}}))
-    return StageResult(files=entries)
+    settings = ctx.put_json("config.json", {"shard": {"pictures": "square"}})
+    return StageResult(files=[*entries, settings, ctx.put_json("counts.json", counts)])
 
 
 def write_module(
@@ -116,20 +113,16 @@ def write_latents(ctx: StageContext) -> StageResult:
     return StageResult(files=[ctx.put_bytes("stats.safetensors", save(stats))])
 
 
-@pytest.fixture(scope="session")
-def encoder_config(tmp_path_factory: pytest.TempPathFactory) -> EncoderConfig:
-    folder = tmp_path_factory.mktemp("encoder")
+def make_encoder(folder: Path) -> EncoderConfig:
+    """A random encoder of three layers, saved where its configuration says."""
     encoder = build_random_encoder("dinov2", width=WIDTH, depth=3)
     encoder.backbone.save_pretrained(folder)
     return EncoderConfig(source=str(folder), input_px=16, patch_px=4, width=WIDTH, depth=3)
 
 
-@pytest.fixture(scope="session")
-def outputs(
-    tmp_path_factory: pytest.TempPathFactory, encoder_config: EncoderConfig
-) -> dict[str, StageOutput]:
+def make_outputs(folder: Path, encoder_config: EncoderConfig) -> dict[str, StageOutput]:
+    """All stages that evaluate reads."""
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("stages")
     found = {"shard": commit(folder, "shard", write_shards)}
     decoder = DecoderConfig(
         latent_channels=WIDTH, width=16, layers=1, heads=2, mlp_hidden=16, grid=GRID, patch_px=8
@@ -160,19 +153,36 @@ def outputs(
     return found
 
 
-@pytest.fixture(scope="session")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random AlexNet LPIPS weights under the name of the real asset, and a stand-in for the
-    features."""
+def make_lpips(folder: Path) -> Path:
+    """Random AlexNet LPIPS weights under the name of the real asset."""
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("assets")
-    (folder / "efficientnet-lite0.safetensors").write_bytes(b"stand-in")
     widths = ((3, 64, 11), (64, 192, 5), (192, 384, 3), (384, 256, 3), (256, 256, 3))
     lpips = {f"lin.{i}.weight": torch.rand(1, out, 1, 1) for i, (_, out, _) in enumerate(widths)}
     for i, (channels, out, size) in enumerate(widths):
         lpips[f"trunk.{i}.weight"] = torch.randn(out, channels, size, size) / (size * channels**0.5)
         lpips[f"trunk.{i}.bias"] = torch.zeros(out)
     save_file(lpips, folder / "lpips-alex.safetensors")
+    return folder / "lpips-alex.safetensors"
+
+
+@pytest.fixture(scope="session")
+def encoder_config(tmp_path_factory: pytest.TempPathFactory) -> EncoderConfig:
+    return make_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="session")
+def outputs(
+    tmp_path_factory: pytest.TempPathFactory, encoder_config: EncoderConfig
+) -> dict[str, StageOutput]:
+    return make_outputs(tmp_path_factory.mktemp("stages"), encoder_config)
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LPIPS weights, and a stand-in for those of the features."""
+    folder = tmp_path_factory.mktemp("assets")
+    (folder / "efficientnet-lite0.safetensors").write_bytes(b"stand-in")
+    make_lpips(folder)
     return folder
 
 

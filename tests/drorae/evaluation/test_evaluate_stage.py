@@ -1,7 +1,10 @@
 import dataclasses
 import io
 import json
+import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,8 +12,8 @@ import pytest
 from evaluation_fakes import GRID, WIDTH, build_tiny_features, commit, output_of, write_module
 from PIL import Image
 
-from drorae.config import from_json, to_json
-from drorae.data.shard_map import run_in_process
+from drorae.config import Compute, Resources, from_json, to_json
+from drorae.data.shard_map import BuildWorker, Executor, ShardTask, run_in_process
 from drorae.evaluation import workers
 from drorae.evaluation.job import EvaluateJob, ReportJob
 from drorae.evaluation.report import render
@@ -43,10 +46,10 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, assets: Path, encoder_config: Enco
     monkeypatch.setattr(workers, "build_features", build_tiny_features)
     monkeypatch.setattr(workers, "asset_path", lambda name: assets / f"{name}.safetensors")
 
-    def run(ctx: StageContext, job: EvaluateJob = JOB) -> StageResult:
-        return run_evaluate(
-            ctx, seed=3, encoder=encoder_config, evaluate=job, executor=run_in_process
-        )
+    def run(
+        ctx: StageContext, job: EvaluateJob = JOB, executor: Executor = run_in_process
+    ) -> StageResult:
+        return run_evaluate(ctx, seed=3, encoder=encoder_config, evaluate=job, executor=executor)
 
     return run
 
@@ -111,6 +114,34 @@ def test_numbers_do_not_depend_on_batch_or_chunk_size(
     for name, value in first.metrics.items():
         # Float sums of another batch shape may flip a truncated byte here and there.
         assert second.metrics[name] == pytest.approx(value, rel=0.02, abs=1e-3), name
+
+
+class Pool:
+    """So many actors in one process; a task goes to any of them, and they end in any order."""
+
+    def __init__(self, num_actors: int) -> None:
+        self.num_actors = num_actors
+        self.random = random.Random(num_actors)
+
+    def __call__(
+        self, tasks: Sequence[ShardTask], build: BuildWorker, compute: Compute, worker: Resources
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        actors = [build() for _ in range(self.num_actors)]
+        for task in self.random.sample(tasks, len(tasks)):
+            yield task.name, self.random.choice(actors)(task)
+
+
+def test_numbers_of_one_two_and_four_actors_are_the_same_bit_for_bit(
+    evaluate, context: StageContext, tmp_path: Path
+) -> None:
+    found = []
+    for num_actors in (1, 2, 4):
+        uri = str(tmp_path / f"{num_actors} actors")
+        compute = dataclasses.replace(context.compute, cache_path=f"{uri} cache")
+        ctx = dataclasses.replace(context, output_uri=uri, work_uri="", compute=compute)
+        result = evaluate(ctx, executor=Pool(num_actors))
+        found.append({entry.name: entry.sha256 for entry in result.files})
+    assert found[0] == found[1] == found[2]
 
 
 def test_only_what_is_missing_is_done_again(evaluate, context: StageContext) -> None:

@@ -26,6 +26,7 @@ def test_sections_make_a_consistent_configuration(image_px: Any, source: Any) ->
     assert full.encoder.input_px == {256: 224, 512: 448}[image_px]
     assert full.decoder.model.image_px == full.shard.resolution_px == image_px
     assert full.shard.view_px == int(1.5 * image_px)
+    assert full.shard.pictures == "source"
     assert full.decoder.train.view == "random_crop"
     assert full.shard.duplicates == "keep"
 

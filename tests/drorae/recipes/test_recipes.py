@@ -4,6 +4,7 @@ import pytest
 
 from drorae import recipes
 from drorae.config import canonical_json, from_json, override, to_json
+from drorae.data.jobs import OrderConfig
 from drorae.models.dit_config import dit_preset
 from drorae.recipes.ablations import ABLATIONS
 from drorae.training.optim import learning_rate
@@ -75,6 +76,36 @@ def test_the_second_stages_at_256_px_share_their_latents() -> None:
     assert len({key["latents"] for key in keys}) == 1
     assert len({key["diffusion"] for key in keys}) == 3
     assert ["guide" in key for key in keys] == [True, True, False]
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_imagenet_is_read_in_streams_and_the_rest_is_shuffled_whole(name: str) -> None:
+    expected = OrderConfig(streams=64, window_shards=4)
+    full = recipes.get(name)
+    assert full.shard.rows_per_shard == 1024
+    assert {full.diffusion.order, full.guide.order} == {expected}
+    phases = (full.decoder.train, full.fusion.train, full.finetune.train, full.control.train)
+    assert {phase.order for phase in phases} == {expected}
+    assert recipes.get("smoke").diffusion.order == OrderConfig()
+
+
+def test_the_order_of_samples_is_part_of_the_key() -> None:
+    full = recipes.get("imagenet256")
+    keys, other = stage_keys(full), stage_keys(override(full, ["diffusion.order.streams=32"]))
+    assert [stage for stage in keys if keys[stage] != other[stage]] == [
+        *("diffusion", "evaluate", "report")
+    ]
+
+
+def test_streams_that_do_not_divide_the_batch_are_refused() -> None:
+    full = recipes.get("imagenet256")
+    for section in ("diffusion", "fusion.train"):
+        with pytest.raises(ValueError, match=r"order\.streams=64 .*=96: .* set order\.streams=32"):
+            override(full, [f"{section}.batch_images=96"])
+    with pytest.raises(ValueError, match=r"order\.streams=0"):
+        OrderConfig(streams=0)
+    with pytest.raises(ValueError, match=r"order\.window_shards=-1"):
+        OrderConfig(window_shards=-1)
 
 
 def test_the_paper_trains_80_epochs_at_batch_256() -> None:

@@ -271,7 +271,8 @@ def _phase(task: Task, world: World) -> TokenizerPhase:
 
 
 def _batch(name: str, step: int, world: World, seen: list[tuple[int, list[int]]]) -> Any:
-    generator = torch.Generator().manual_seed(1)
+    # With seed 1 one of the fakes lies on the edge between two of its 8-bit values.
+    generator = torch.Generator().manual_seed(2)
     ids = ids_of(step, BATCH, 0)
     mine = rank_slice(ids, world.rank, world.world_size)
     seen.append((step, gathered(mine.tolist(), world)))

@@ -103,6 +103,7 @@ def shard(root: Path) -> StageOutput:
         source=str(photos / "train"),
         val_source=str(photos / "val"),
         resolution_px=16,
+        pictures="source",
         view_px=24,
         rows_per_shard=5,
     )

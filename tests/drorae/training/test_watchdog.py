@@ -30,6 +30,7 @@ LONG_S = 1.0
 def hangs(monkeypatch):
     """What the watchdog said before it ended the process, which here goes on."""
     monkeypatch.setattr(watchdog, "REPORT_EVERY_S", (0.05, 0.05))
+    monkeypatch.setattr(arrivals, "STALLED_S", 0.3)
     said: list[tuple[int, str]] = []
     monkeypatch.setattr(watchdog, "end_process", lambda code: None)
     return said
@@ -142,9 +143,7 @@ def test_a_read_that_waits_for_an_absent_store_is_no_hang(tmp_path, hangs, monke
     assert not hangs
 
 
-def test_a_download_that_advances_is_no_hang_and_one_that_stalls_is(tmp_path, hangs, monkeypatch):
-    monkeypatch.setattr(arrivals, "STALLED_S", 0.3)
-
+def test_a_download_that_advances_is_no_hang_and_one_that_stalls_is(tmp_path, hangs):
     def read(arriving_s: float, stalled_s: float) -> Iterator[int]:
         yield from (0, 1)
         with arrivals.awaited():
