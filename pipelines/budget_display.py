@@ -96,14 +96,14 @@ def _advice(budget: "Budget", cluster: "Cluster") -> str:
             f"host-bound, {budget.loader_cores:.0f} cores a GPU would keep up, "
             f"{cluster.cores_per_gpu} are there; give it more, or lower compute.num_workers."
         )
-    needed = cluster.network_gbps * (budget.reads_s + budget.reduce_s) / budget.gpu_s
+    needed = cluster.network_gbps * budget.network_s / budget.gpu_s
     start += f"network-bound, {needed:.0f} Gb/s a node would keep up"
-    if budget.reads_s > budget.reduce_s:
+    if budget.reads_s > budget.network_s / 2:
         return f"{start}; mostly its reads: latents.flip=false halves those of latents."
     return (
         f"{start}; mostly the reduction, {_ms(budget.reduce_s)} ms in float32 and "
-        f"{_ms(budget.reduce_half_s)} ms in bfloat16; lower compute.num_workers, or raise "
-        f"{budget.stage}'s batch_images."
+        f"{_ms(budget.reduce_half_s)} ms in bfloat16 (compute.reduce_dtype); lower "
+        f"compute.num_workers, or raise {budget.stage}'s batch_images."
     )
 
 

@@ -9,9 +9,10 @@ step, all times in seconds:
     reads   = images of a node and step x bytes of an image / network
     reduce  = k (n - 1) / n x bytes of the gradients / bandwidth
 
-with k = 2 for an all-reduce (a ring sends everything twice) and 3 for FSDP2 (two gathers of weights
-and a scatter of gradients), at the bandwidth of NVLink within one node and of a node's network
-between nodes. All of it runs side by side, reads and reduction share the network, so
+with k = 2 for an all-reduce (a ring sends everything twice), half of it in bfloat16, and 3 for
+FSDP2 (two gathers of weights, always in float32, and a scatter of gradients), at the bandwidth of
+NVLink within one node and of a node's network between nodes. All of it runs side by side, reads and
+reduction share the network, so
 
     step    = max(gpu, loop, loader, reads + reduce)
 
@@ -23,14 +24,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["GPU_COUNTS", "NVLINK_GB_S", "Budget", "Cluster", "Load", "budget", "budgets"]
+__all__ = [
+    "COPIES_SENT",
+    "GPU_COUNTS",
+    "NVLINK_GB_S",
+    "Budget",
+    "Cluster",
+    "Load",
+    "budget",
+    "budgets",
+]
 
 GPU_COUNTS = (8, 64, 128)
 """Numbers of GPUs that `drorae plan --cost` extrapolates to."""
 NVLINK_GB_S = 450.0
 """One direction, one GPU. NVIDIA H100 SXM data sheet: 900 GB/s both ways."""
-REDUCED_COPIES = {"none": 2, "ddp": 2, "fsdp2": 3}
-"""Times that the gradients' bytes are sent in a step, by `compute.sharding`."""
+COPIES_SENT = {"none": (0, 2), "ddp": (0, 2), "fsdp2": (2, 1)}
+"""Times that a step sends the weights, and the gradients, by `compute.sharding`."""
 
 Bound = Literal["gpu", "loop", "loader", "network"]
 
@@ -81,8 +91,10 @@ class Load:
     """Bytes read from the store."""
     gradient_bytes: float = 0.0
     """Bytes of all gradients in float32; 0: nothing is reduced."""
-    copies: int = 2
-    """Times that they are sent (`REDUCED_COPIES`)."""
+    copies: tuple[int, int] = (0, 2)
+    """Times that as many bytes of weights, and they, are sent (`COPIES_SENT`)."""
+    halved: bool = False
+    """Whether gradients are sent in bfloat16 (`compute.reduce_dtype`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +123,8 @@ class Budget:
     """Time of the reduction in float32."""
     reduce_half_s: float
     """The same in bfloat16."""
+    halved: bool
+    """Which of the two it is."""
     hours: float
     """Wall-clock hours of the stage."""
     bound: Bound
@@ -119,7 +133,12 @@ class Budget:
     @property
     def step_s(self) -> float:
         """Seconds of a step: the longest of the four."""
-        return max(self.gpu_s, self.loop_s, self.loader_s, self.reads_s + self.reduce_s)
+        return max(self.gpu_s, self.loop_s, self.loader_s, self.network_s)
+
+    @property
+    def network_s(self) -> float:
+        """Seconds of a step in which the network is busy."""
+        return self.reads_s + (self.reduce_half_s if self.halved else self.reduce_s)
 
 
 def budget(load: Load, gpus: int, cluster: Cluster) -> Budget | None:
@@ -129,12 +148,12 @@ def budget(load: Load, gpus: int, cluster: Cluster) -> Budget | None:
     mine = load.step_images if load.grows else load.step_images // gpus
     node_images = mine * min(gpus, cluster.gpus_per_node)
     reads_s = node_images * load.read_bytes / cluster.network_bytes_s
-    reduce_s = _reduce_s(load, gpus, cluster)
+    reduce_s, reduce_half_s = (_reduce_s(load, gpus, cluster, factor) for factor in (1.0, 0.5))
     times: dict[Bound, float] = {
         "gpu": mine * load.gpu_s,
         "loop": load.loop_s,
         "loader": mine * load.cpu_s / cluster.cores_per_gpu,
-        "network": reads_s + reduce_s,
+        "network": reads_s + (reduce_half_s if load.halved else reduce_s),
     }
     bound = max(times, key=lambda kind: times[kind])  # the first of equal ones
     steps = load.images / (mine * gpus)
@@ -149,7 +168,8 @@ def budget(load: Load, gpus: int, cluster: Cluster) -> Budget | None:
         read_gbps=8e-9 * node_images * load.read_bytes / times["gpu"],
         reads_s=reads_s,
         reduce_s=reduce_s,
-        reduce_half_s=reduce_s / 2,
+        reduce_half_s=reduce_half_s,
+        halved=load.halved,
         hours=steps * times[bound] / 3600,
         bound=bound,
     )
@@ -161,7 +181,10 @@ def budgets(loads: Sequence[Load], gpu_counts: Sequence[int], cluster: Cluster) 
     return [one for one in found if one is not None]
 
 
-def _reduce_s(load: Load, gpus: int, cluster: Cluster) -> float:
+def _reduce_s(load: Load, gpus: int, cluster: Cluster, factor: float) -> float:
+    """Seconds of the reduction, with gradients of `factor` times the bytes of float32."""
+    weights, gradients = load.copies
+    sent_bytes = (weights + factor * gradients) * load.gradient_bytes
     on_one_node = gpus <= cluster.gpus_per_node
     bytes_s = NVLINK_GB_S * 1e9 if on_one_node else cluster.network_bytes_s
-    return load.copies * (gpus - 1) / gpus * load.gradient_bytes / bytes_s
+    return (gpus - 1) / gpus * sent_bytes / bytes_s

@@ -1,7 +1,7 @@
 """What an image of each stage costs the GPU, the CPU and the network, for `drorae.cost.budgets`."""
 
-from drorae.cost.budgets import REDUCED_COPIES, Load
-from drorae.cost.run import TOKENIZER_STAGES, RunCost
+from drorae.cost.budgets import COPIES_SENT, Load
+from drorae.cost.run import HALF_BYTES, SOURCE_BYTES, TOKENIZER_STAGES, RunCost
 from drorae.cost.stages import StageCost
 from drorae.recipes.full import FullJob
 from drorae.training.jobs import DiffusionStage, TokenizerTraining
@@ -23,9 +23,10 @@ CROP_CPU_S = 9.7e-3
 """A random crop of 256 px from a JPEG of 500 x 375 through a view of 384 px, one core. Measured
 2026-11-25: torchvision with Pillow, the speed that the loader has to have."""
 SQUARE_PX = 256
-SQUARE_BYTES, SOURCE_BYTES = 108e3, 110e3
-"""A PNG of 256 x 256 (measured 2026-11-25), and a photograph of ImageNet-1k (140 GB in all)."""
-HALF_BYTES = 2
+SOURCE_CPU_S = 5.1e-3
+"""A JPEG of 500 x 375 decoded and made a square of 256 px, likewise."""
+SQUARE_BYTES = 108e3
+"""A PNG of 256 x 256. Measured 2026-11-25."""
 
 
 def count_loads(full: FullJob, cost: RunCost, peak_tflops: float, mfu: float) -> list[Load]:
@@ -56,17 +57,18 @@ def shard_cpu_s(full: FullJob, num_images: int) -> float:
 
 
 def _tokenizer(full: FullJob, stage: StageCost, job: TokenizerTraining, gpu_s: float) -> Load:
-    cropped = job.view == "random_crop"
+    cpu_s, read_bytes = _picture(full)
     return Load(
         stage=stage.stage,
         images=stage.images,
         step_images=job.batch_images,
         gpu_s=gpu_s,
         loop_s=LOOP_S,
-        cpu_s=_area(full) * (CROP_CPU_S if cropped else SQUARE_CPU_S),
-        read_bytes=SOURCE_BYTES if cropped else SQUARE_BYTES * _area(full),
+        cpu_s=_area(full) * CROP_CPU_S if job.view == "random_crop" else cpu_s,
+        read_bytes=read_bytes,
         gradient_bytes=stage.memory["none"].gradients,
-        copies=REDUCED_COPIES[full.compute.sharding],
+        copies=COPIES_SENT[full.compute.sharding],
+        halved=full.compute.reduce_dtype == "bfloat16",
     )
 
 
@@ -81,21 +83,30 @@ def _diffusion(full: FullJob, stage: StageCost, job: DiffusionStage, gpu_s: floa
         cpu_s=LATENT_CPU_S * values / LATENT_VALUES,
         read_bytes=HALF_BYTES * values * (2 if full.latents.flip else 1),  # both views of a shard
         gradient_bytes=stage.memory["none"].gradients,
-        copies=REDUCED_COPIES[full.compute.sharding],
+        copies=COPIES_SENT[full.compute.sharding],
+        halved=full.compute.reduce_dtype == "bfloat16",
     )
 
 
 def _latents(full: FullJob, num_images: int, stage: StageCost, gpu_s: float) -> Load:
     views = stage.images / num_images
+    cpu_s, read_bytes = _picture(full)
     return Load(
         stage=stage.stage,
         images=num_images,
         step_images=full.latents.batch_images,
         grows=True,
         gpu_s=gpu_s * views,
-        cpu_s=SQUARE_CPU_S * _area(full) + LATENT_CPU_S * views,
-        read_bytes=SQUARE_BYTES * _area(full),
+        cpu_s=cpu_s + LATENT_CPU_S * views,
+        read_bytes=read_bytes,
     )
+
+
+def _picture(full: FullJob) -> tuple[float, float]:
+    """CPU seconds and bytes of a square as it is read from a shard."""
+    if full.shard.pictures == "source":
+        return SOURCE_CPU_S, SOURCE_BYTES
+    return SQUARE_CPU_S * _area(full), SQUARE_BYTES * _area(full)
 
 
 def _area(full: FullJob) -> float:

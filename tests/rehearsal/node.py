@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,10 @@ class Seen:
     """Seconds after the first batch."""
     peak_bytes: int
     """Most bytes in the node's cache."""
-    evictions: int
-    """Shards that were deleted from it."""
+    fetched: int
+    """Shards that were fetched into it, repeats counted."""
+    evicted: int
+    """Shards of those that were deleted again."""
 
 
 def run_loop(loop: Loop, start: Any, results: Any) -> None:
@@ -101,7 +104,8 @@ def run_loop(loop: Loop, start: Any, results: Any) -> None:
             wait_s=wait_s,
             wall_s=asked_s - started_s - at_s[0],
             peak_bytes=watch.peak_bytes,
-            evictions=watch.evictions,
+            fetched=len(watch.fetched),
+            evicted=len(watch.fetched) - len(watch.present),
         )
     )
 
@@ -110,9 +114,10 @@ class _Watch:
     """Looks at a cache from a thread until its end."""
 
     def __init__(self, cache: ShardCache) -> None:
-        self.peak_bytes = self.evictions = 0
+        self.peak_bytes = 0
+        self.fetched: set[tuple[str, int]] = set()
+        self.present: set[tuple[str, int]] = set()
         self._cache = cache
-        self._shards: set[str] = set()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -124,7 +129,13 @@ class _Watch:
     def _run(self) -> None:
         while not self._ended.wait(WATCH_EVERY_S):
             self.peak_bytes = max(self.peak_bytes, self._cache.used_bytes())
-            found = self._cache.folder.glob("*") if self._cache.folder.is_dir() else ()
-            shards = {path.name for path in found if not path.suffix}
-            self.evictions += len(self._shards - shards)
-            self._shards = shards
+            self.present = set(_shards(self._cache.folder))
+            self.fetched |= self.present
+
+
+def _shards(folder: Path) -> Iterator[tuple[str, int]]:
+    """Complete shards; one that was fetched again has another inode."""
+    if folder.is_dir():
+        for entry in os.scandir(folder):
+            if "." not in entry.name:
+                yield entry.name, entry.inode()

@@ -21,7 +21,9 @@ def photo(seed: int) -> np.ndarray:
     total = np.full((height, width, 3), draw.uniform(80, 170, 3), np.float32)
     for cells in OCTAVES:
         coarse = draw.normal(0, 90 / cells**0.5, (cells, cells, 3)).clip(-127, 127) + 127
-        layer = Image.fromarray(coarse.astype(np.uint8)).resize((width, height), Image.BICUBIC)
+        layer = Image.fromarray(coarse.astype(np.uint8)).resize(
+            (width, height), Image.Resampling.BICUBIC
+        )
         total += np.asarray(layer, np.float32) - 127
     return (total + draw.normal(0, GRAIN, total.shape)).clip(0, 255).astype(np.uint8)
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from drorae.config import Compute
+from drorae.config import Compute, Resources
 from drorae.data.images import ImageShards
 from drorae.data.jobs import OrderConfig, ShardJob
 from drorae.data.loaders import crop_batches, tokenizer_batches
@@ -151,10 +151,10 @@ def _plan_files(folder: Path, count: int) -> int:
 
 
 def _no_work(
-    tasks: Sequence[ShardTask], build_worker: BuildWorker, compute: Compute, num_gpus: float
+    tasks: Sequence[ShardTask], build_worker: BuildWorker, compute: Compute, resources: Resources
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """An executor whose pictures are all good and of 100 kB."""
-    del build_worker, compute, num_gpus
+    del build_worker, compute, resources
     answer = _write_answer if "name" in tasks[0].payload else _check_answer
     return ((task.name, answer(task)) for task in tasks)
 

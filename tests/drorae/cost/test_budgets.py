@@ -41,7 +41,15 @@ def test_between_nodes_the_reduction_takes_the_network() -> None:
     assert many.bound == "network"
     assert many.step_s == pytest.approx(many.reduce_s + 32 * 1e6 / 10e9)
     assert many.hours == pytest.approx(1000 * many.step_s / 3600)
-    assert at(64, replace(LOAD, copies=3)).reduce_s == pytest.approx(1.5 * many.reduce_s)
+
+
+def test_bfloat16_halves_gradients_but_not_the_weights_of_sharded_training() -> None:
+    plain = at(64)
+    halved = at(64, replace(LOAD, halved=True))
+    assert halved.network_s == pytest.approx(halved.reads_s + plain.reduce_s / 2)
+    sharded = at(64, replace(LOAD, copies=(2, 1)))
+    assert sharded.reduce_s == pytest.approx(1.5 * plain.reduce_s)
+    assert sharded.reduce_half_s == pytest.approx(1.25 * plain.reduce_s)
 
 
 def test_the_longest_part_is_the_bound() -> None:
@@ -85,6 +93,7 @@ def test_loads_of_the_paper_are_its_latents_and_gradients() -> None:
 
 
 def test_sharded_training_sends_more() -> None:
-    full = override(recipes.get("cifar10"), ["compute.sharding=fsdp2"])
+    settings = ["compute.sharding=fsdp2", "compute.reduce_dtype=bfloat16"]
+    full = override(recipes.get("cifar10"), settings)
     (load,) = count_loads(full, count_run(full, ["diffusion"]), 989.4, 0.4)
-    assert load.copies == 3
+    assert (load.copies, load.halved) == ((2, 1), True)
