@@ -93,7 +93,7 @@ def drorae(
         futures = _submit(session.plan, retries)
         wait(list(futures.values()))
         _raise_first_failure(futures)
-    except StageFailed:
+    except (StageFailed, ValueError):
         raise  # the other stages have ended
     except BaseException:
         # A cancelled run: the threads of the tasks end only when their jobs do.

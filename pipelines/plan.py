@@ -6,7 +6,7 @@ it.
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,9 +18,9 @@ from drorae.store.workspace import WORK_NAME, Workspace
 from pipelines import sources as image_sources
 from pipelines import stages
 from pipelines.code_version import entry_digest
+from pipelines.reasons import last_wall_s, why_missing
 from pipelines.sources import Sources
 
-MAX_CHANGES_SHOWN = 4
 DEFAULT_WORKSPACE = "runs"
 WORKSPACE_VARIABLE = "DRORAE_WORKSPACE"
 
@@ -193,7 +193,7 @@ def _step(
     state, reason, found = _look(stage, key, workspace)
     if state == "missing":
         read = {path: sources[path] for path in stage.sources(full) if path in sources}
-        reason = _why_missing(stage, config, read, workspace, earlier)
+        reason = why_missing(stage, config, read, workspace, earlier)
     return Step(
         stage=stage.name,
         key=key,
@@ -201,7 +201,7 @@ def _step(
         selected=True,
         reason=reason,
         code_changed=found is not None and found.code_digest != entry_digest(stage.entry),
-        expected_wall_s=found.wall_s if found else _last_wall_s(config, earlier),
+        expected_wall_s=found.wall_s if found else last_wall_s(config, earlier),
         metrics=dict(found.metrics) if found else {},
     )
 
@@ -218,54 +218,6 @@ def _look(
     if files.list_files(files.join(workspace.stage_uri(stage.name, key), WORK_NAME)):
         return "unfinished", "an earlier attempt did not finish; it is continued", None
     return "missing", "", None
-
-
-def _last_wall_s(config: dict[str, Any], earlier: Sequence[Manifest]) -> float | None:
-    """Return how long the last build of a similar configuration took; None if there is none."""
-    similar = [m for m in earlier if len(_changes(m.config, config)) <= MAX_CHANGES_SHOWN]
-    return similar[-1].wall_s if similar else None
-
-
-def _why_missing(
-    stage: stages.Stage,
-    config: dict[str, Any],
-    sources: Sources,
-    workspace: Workspace,
-    earlier: Sequence[Manifest],
-) -> str:
-    if not earlier:
-        return "never built here"
-    last = earlier[-1]
-    if last.version != str(stage.version):
-        return f"stage version {last.version} -> {stage.version}"
-    before = {name: value for name, value in last.config.items() if name != stages.SOURCES}
-    changes = [*_source_changes(sources, workspace, last)]
-    changes += [f"{path} {old!r} -> {new!r}" for path, old, new in _changes(before, config)]
-    if not changes:
-        return "an input changed"
-    more = (
-        f" and {len(changes) - MAX_CHANGES_SHOWN} more" if len(changes) > MAX_CHANGES_SHOWN else ""
-    )
-    return ", ".join(changes[:MAX_CHANGES_SHOWN]) + more
-
-
-def _source_changes(sources: Sources, workspace: Workspace, last: Manifest) -> Iterator[str]:
-    digests = last.config.get(stages.SOURCES, {})
-    for path, now in sources.items():
-        told = image_sources.describe_change(path, digests.get(path), now, workspace)
-        if told:
-            yield told
-
-
-def _changes(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = sorted(old.keys() | new.keys())
-        return [
-            change
-            for name in names
-            for change in _changes(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))
-        ]
-    return [] if old == new else [(path, old, new)]
 
 
 def _with_wishes(step: Step, request: Request, inputs: Sequence[Step]) -> Step:

@@ -54,7 +54,7 @@ def _check_weights(plan: RunPlan) -> None:
         for path in stage.sources(plan.full):
             section, value = path.split(".")[0], stages.setting(plan.full, path)
             is_file = section not in ("shard", "encoder") and not _has_scheme(value)
-            if is_file and value != RANDOM_WEIGHTS and not os.path.isfile(value):
+            if value and is_file and value != RANDOM_WEIGHTS and not os.path.isfile(value):
                 raise FileNotFoundError(
                     f"{path}={value!r} does not exist, but stage {stage.name} reads it: expected a "
                     f"file of weights. Correct it with --set {path}=FILE."
