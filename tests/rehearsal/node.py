@@ -3,7 +3,6 @@
 import os
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from drorae.data.jobs import OrderConfig
 from drorae.data.latent_shards import LatentShards
 from drorae.data.loaders import latent_batches
 from drorae.data.shard_cache import ShardCache
+from drorae.store import files
 from drorae.store.s3 import filesystem
 from drorae.store.workspace import StageOutput
 from tests.rehearsal.link import Link
@@ -64,15 +64,21 @@ class Seen:
     peak_bytes: int
     """Most bytes in the node's cache."""
     fetched: int
-    """Shards that were fetched into it, repeats counted."""
-    evicted: int
-    """Shards of those that were deleted again."""
+    """Shards that this rank fetched into it, repeats counted."""
+    kept: int
+    """Shards in it at the end."""
 
 
 def run_loop(loop: Loop, start: Any, results: Any) -> None:
     """Run one rank, from the moment at which all are ready, and put what it saw into a queue."""
     os.environ.update(loop.environment, AWS_ENDPOINT_URL=loop.link.endpoint)
-    cache = ShardCache(loop.folder, loop.limit_bytes)
+    fetched: list[int] = []
+
+    def fetch(uri: str, start: int, end: int) -> bytes:
+        fetched.append(start)  # 0: the beginning of a shard, where no row lies
+        return files.read_range(uri, start, end)
+
+    cache = ShardCache(loop.folder, loop.limit_bytes, fetch)
     watch = _Watch(cache)
     filesystem()  # imports the S3 client: a second that belongs to the start of a process
     start.wait()
@@ -104,8 +110,8 @@ def run_loop(loop: Loop, start: Any, results: Any) -> None:
             wait_s=wait_s,
             wall_s=asked_s - started_s - at_s[0],
             peak_bytes=watch.peak_bytes,
-            fetched=len(watch.fetched),
-            evicted=len(watch.fetched) - len(watch.present),
+            fetched=fetched.count(0),
+            kept=sum("." not in path.name for path in loop.folder.iterdir()),
         )
     )
 
@@ -115,8 +121,6 @@ class _Watch:
 
     def __init__(self, cache: ShardCache) -> None:
         self.peak_bytes = 0
-        self.fetched: set[tuple[str, int]] = set()
-        self.present: set[tuple[str, int]] = set()
         self._cache = cache
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -129,13 +133,3 @@ class _Watch:
     def _run(self) -> None:
         while not self._ended.wait(WATCH_EVERY_S):
             self.peak_bytes = max(self.peak_bytes, self._cache.used_bytes())
-            self.present = set(_shards(self._cache.folder))
-            self.fetched |= self.present
-
-
-def _shards(folder: Path) -> Iterator[tuple[str, int]]:
-    """Complete shards; one that was fetched again has another inode."""
-    if folder.is_dir():
-        for entry in os.scandir(folder):
-            if "." not in entry.name:
-                yield entry.name, entry.inode()
