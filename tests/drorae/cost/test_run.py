@@ -111,7 +111,7 @@ def test_only_what_is_asked_for_is_counted_and_unneeded_networks_are_not_shown()
 def test_a_tokenizer_step_adds_every_network_at_its_role() -> None:
     job = override(
         IMAGENET.fusion.train,
-        ["num_steps=100", "batch_images=2", "adversarial.start_step=50",
+        ["num_steps=100", "batch_images=2", "order.streams=2", "adversarial.start_step=50",
          "adversarial.learn_from_step=25"],
     )  # fmt: skip
     cost = tokenizer_cost("fusion", job, NETWORKS, num_train_images=50, num_workers=1)
@@ -145,7 +145,7 @@ def test_samples_cost_what_their_guidance_evaluates() -> None:
     def drawn(sampler: str) -> float:
         settings = override(job, [f"sampler={sampler}"])
         cost = evaluate_cost(settings, NETWORKS, num_val_images=0, num_decoders=0)
-        return cost.flops["float32"]
+        return cost.flops["tf32"]
 
     evaluations = 4 * 10**6 + 10**7
     assert drawn("euler") == 10 * (2 * evaluations + 3 * 100)
