@@ -177,10 +177,17 @@ def _walk(folder: str, prefix: str, parents: tuple[tuple[int, int], ...]) -> Ite
     except OSError:
         return  # the readers reject the folder by name
     for entry in visible:
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _walk(entry.path, f"{prefix}{entry.name}/", (*parents, here))
         else:
             yield f"{prefix}{entry.name}", entry.path, _status(entry)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # a link that leads to itself; the readers reject it
 
 
 def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
