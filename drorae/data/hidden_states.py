@@ -86,6 +86,7 @@ class HiddenStates:
         self._encoder = encoder
         self._batch_images = batch_images
         self._blocks: dict[int, np.ndarray | BlockFile] = {}
+        self._lock = threading.Lock()
         self._folder = Path()
         if mode == "disk":
             key = encoder_key or encoder_digest(encoder)
@@ -133,12 +134,13 @@ class HiddenStates:
                 on_progress(done, len(wanted))
 
     def _block(self, number: int) -> "np.ndarray | BlockFile":
-        if number not in self._blocks:
-            if self.mode == "memory":
-                self._blocks[number] = self._compute(number)
-            else:
-                self._blocks[number] = self._from_disk(number)
-        return self._blocks[number]
+        with self._lock:  # threads that want one block compute it once
+            if number not in self._blocks:
+                if self.mode == "memory":
+                    self._blocks[number] = self._compute(number)
+                else:
+                    self._blocks[number] = self._from_disk(number)
+            return self._blocks[number]
 
     def _compute(self, number: int) -> np.ndarray:
         first = number * BLOCK_IMAGES

@@ -193,8 +193,13 @@ class ShardCache:
         return True
 
     def _room(self) -> int:
-        free = shutil.disk_usage(self.folder).free
+        free = shutil.disk_usage(self.folder).free - self._owed_bytes()
         return min(free, self.limit_bytes - self.used_bytes()) if self.limit_bytes else free
+
+    def _owed_bytes(self) -> int:
+        """Disk space that is free now and that downloads under way will take."""
+        parts = [item.path for item in _items(self.folder) if item.name.endswith(".part")]
+        return sum(max(0, _size_of(part) - _written_bytes(part)) for part in parts)
 
     def _make_room(self, missing: int) -> bool:
         """Delete the least recently used shards that nobody has open; nothing if too few are."""
@@ -286,7 +291,7 @@ class _Victims:
 
     def delete(self) -> None:
         for path, _ in self._locked:
-            path.unlink()
+            path.unlink(missing_ok=True)  # gone if it was found damaged since the folder was read
 
 
 def node_cache(compute: Compute) -> ShardCache:
@@ -331,8 +336,8 @@ def _last_use_ns(path: Path) -> int:
     return 0
 
 
-def _written_bytes(path: Path) -> int:
+def _written_bytes(path: str | Path) -> int:
     """Disk space of a file, which grows while it is filled."""
     with suppress(FileNotFoundError):
-        return path.stat().st_blocks
+        return os.stat(path).st_blocks * 512  # whatever the file system's own blocks are
     return 0

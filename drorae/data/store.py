@@ -94,6 +94,7 @@ class ShardStore:
             self._ahead.stop()
         with self._lock:
             self._uses.clear()
+            self._close_idle()  # else they take the room of what other processes need
         self._ahead = _Ahead(self, uses)
 
     def reached(self, step: int) -> None:
@@ -124,7 +125,7 @@ class ShardStore:
         return "here"
 
     def use(self, shard: int, times: int) -> None:
-        """Count a coming use of a shard (+1), or one that is over (-1); the last lets it go."""
+        """Count a coming use of a shard (+1), or one that is over (-1); at none it is let go."""
         with self._lock:
             self._uses[shard] += times
             if self._uses[shard] <= 0 and (opened := self._open.pop(shard, None)):
@@ -246,7 +247,9 @@ class _Ahead:
                 continue
             with self._changed:
                 self._is_full = outcome == "full"
-                if outcome != "here" and use.last_step >= self._step:
+                if self._stopped or use.last_step < self._step:
+                    self._store.use(use.shard, 0)  # it came too late
+                elif outcome != "here":
                     self._later.append(use)
 
     def _next(self) -> ShardUse | None:
@@ -258,8 +261,10 @@ class _Ahead:
                 if self._is_exhausted and not self._later:
                     return None
                 self._changed.wait(RETRY_S)
-                if self._later and not self._stopped:
-                    return self._later.popleft()
+                while self._later and not self._stopped:
+                    use = self._later.popleft()
+                    if use.last_step >= self._step:
+                        return use
         return None
 
     def _may_take(self) -> bool:

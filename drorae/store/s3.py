@@ -73,8 +73,8 @@ def _filesystem(
 class Page:
     """What one listing request answers: up to 1,000 names, relative to the prefix asked for."""
 
-    objects: list[tuple[str, int]]
-    """Name and size in bytes."""
+    objects: list[tuple[str, int, str]]
+    """Name, size in bytes, and ETag."""
     folders: list[str]
     """Names that go on after a slash, with it; empty unless they were asked for."""
 
@@ -97,7 +97,7 @@ def list_pages(prefix_uri: str, *, by_folder: bool = False) -> Iterator[Page]:
         found = reply.get("Contents", [])
         inside = reply.get("CommonPrefixes", [])
         yield Page(
-            objects=[(entry["Key"][len(prefix) :], int(entry["Size"])) for entry in found],
+            objects=[(e["Key"][len(prefix) :], int(e["Size"]), e["ETag"]) for e in found],
             folders=[entry["Prefix"][len(prefix) :] for entry in inside],
         )
         token = reply.get("NextContinuationToken")

@@ -18,7 +18,14 @@ from drorae.failure import Failure, describe_failure, failure_as_error
 from drorae.store import files
 from drorae.training.watchdog import RankReport, read_reports
 
-__all__ = ["describe", "first_failure", "record_error", "record_hang", "start_group"]
+__all__ = [
+    "describe",
+    "first_failure",
+    "forget_group",
+    "record_error",
+    "record_hang",
+    "start_group",
+]
 
 LOSS_GRACE_S = 3.0
 """How long a rank that lost a connection waits before it says so: a process that was killed is
@@ -39,6 +46,11 @@ def start_group(ranks_uri: str, group: str, rank: int, world_size: int) -> str:
         present = {"group": group, "world_size": world_size}
         files.write_json(files.join(ranks_uri, "group.json"), present)
     return folder_uri
+
+
+def forget_group(ranks_uri: str) -> None:
+    """Forget the present group: what ends a run before its group starts is not an older error."""
+    files.delete(files.join(ranks_uri, "group.json"))
 
 
 def record_error(folder_uri: str, rank: int, error: Exception) -> None:

@@ -32,6 +32,7 @@ from drorae.store.context import StageContext, StageResult
 from drorae.training.failures import (
     describe,
     first_failure,
+    forget_group,
     record_error,
     record_hang,
     start_group,
@@ -126,6 +127,7 @@ def _timeouts(compute: Compute) -> dict[str, str]:
 
 def _fit(ctx: StageContext, train: TrainFunction, sections: dict[str, Any], restart: int) -> None:
     """One Ray Train run, from start to end or to the failure that ends it."""
+    forget_group(_ranks_uri(ctx))
     with scratch_folder() as storage_path:
         trainer = _trainer(ctx, train, sections, restart, storage_path)
         try:

@@ -181,7 +181,7 @@ def _remote(uri: str) -> tuple[Any, str]:
 
 def _walk_remote(uri: str, on_progress: ListingProgress) -> list[str]:
     if is_s3(uri):
-        names = list(_names_on_s3(uri.rstrip("/"), on_progress))
+        names = [name for name, _, _ in objects_on_s3(uri, on_progress)]
     else:
         file_system, root = _remote(uri)
         root = root.rstrip("/")
@@ -195,19 +195,23 @@ def _walk_remote(uri: str, on_progress: ListingProgress) -> list[str]:
     return sorted(name for name in names if not _is_hidden(name))
 
 
-def _names_on_s3(root: str, on_progress: ListingProgress) -> Iterator[str]:
+def objects_on_s3(
+    uri: str, on_progress: ListingProgress = ignore_progress
+) -> Iterator[tuple[str, int, str]]:
+    """Relative name, size and ETag of all objects under a folder; arguments as `walk`."""
+    root = uri.rstrip("/")
     folders: list[str] = []
     for page in s3.list_pages(f"{root}/", by_folder=True):
-        yield from (name for name, _ in page.objects)
+        yield from page.objects
         folders += page.folders
 
-    def inside(folder: str) -> list[str]:
+    def inside(folder: str) -> list[tuple[str, int, str]]:
         pages = s3.list_pages(f"{root}/{folder}")
-        return [f"{folder}{name}" for page in pages for name, _ in page.objects]
+        return [(f"{folder}{name}", *state) for page in pages for name, *state in page.objects]
 
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        for done, names in enumerate(pool.map(inside, folders), 1):
-            yield from names
+        for done, objects in enumerate(pool.map(inside, folders), 1):
+            yield from objects
             on_progress(done, len(folders))
 
 

@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,15 @@ def test_each_image_is_encoded_once(shards: ImageShards, tmp_path: Path):
     states.read(np.arange(len(shards)))
     assert encoder.images_seen == len(shards) == len(states)
     assert seen[-1] == (states.num_blocks, states.num_blocks)
+
+
+@pytest.mark.parametrize("mode", ["memory", "disk"])
+def test_threads_that_want_one_block_compute_it_once(shards: ImageShards, tmp_path: Path, mode):
+    encoder = FakeEncoder()
+    states = HiddenStates(shards, encoder, mode, tmp_path, encoder_key="k")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(states.read, [np.arange(len(shards))] * 4))
+    assert encoder.images_seen == len(shards)
 
 
 def test_disk_blocks_outlive_the_process_and_are_shared_by_ranks(shards, tmp_path: Path):

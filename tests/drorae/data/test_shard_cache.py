@@ -4,6 +4,7 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import shutil
 import threading
 import time
 from collections import Counter
@@ -163,6 +164,22 @@ def test_leftovers_of_the_dead_are_deleted_and_downloads_of_the_living_count(tmp
     alive[1].set()
     thread.join()
     assert kept(cache, source) == "bc"
+
+
+def test_what_another_download_will_take_of_the_disk_is_not_free(tmp_path, monkeypatch):
+    source = Source(a=1 << 20, b=1 << 20)
+    cache = cache_of(tmp_path, source)
+    free = shutil.disk_usage(tmp_path)._replace(free=3 << 19)
+    monkeypatch.setattr(shard_cache.shutil, "disk_usage", lambda folder: free)
+    found = []
+
+    def meanwhile(uri: str, start: int, end: int) -> bytes:
+        found.append(cache.bring("b", source.entry("b")))
+        return source.fetch(uri, start, end)
+
+    other = ShardCache(cache.folder, 0, meanwhile)
+    assert other.bring("a", source.entry("a")) == "here"
+    assert found == ["full"]
 
 
 def test_threads_that_want_one_shard_fetch_it_once(tmp_path, source):

@@ -1,6 +1,8 @@
 """Rows of local and remote shards, wherever they are read from."""
 
+import fcntl
 import logging
+import threading
 import time
 from pathlib import Path
 
@@ -106,6 +108,43 @@ def test_passed_shards_make_room_and_those_to_come_wait_for_it(local, tmp_path, 
     assert cache.used_bytes() <= cache.limit_bytes
     shards.read(np.arange(40, 80))
     assert remote.fetched("part-00000.arrow") == remote.fetched("part-00001.arrow") == 1
+
+
+def test_what_an_ended_plan_brought_makes_room_for_other_processes(local, tmp_path, monkeypatch):
+    output, _ = as_remote(local[0], monkeypatch)
+    largest = max(entry.size_bytes for entry in output.manifest.files)
+    cache = ShardCache(tmp_path / "cache", limit_bytes=int(1.5 * largest))
+    shards = LatentShards(output, cache=cache)
+    shards.follow([ShardUse(0, 0, 3)])
+    wait_until(lambda: len(bodies(cache)) == 1)
+    entry = output.entry("train/part-00001.arrow")
+    assert cache.get(output.uri_of(entry.name), entry) is None
+    shards.follow(())
+    wait_until(lambda: cache.get(output.uri_of(entry.name), entry))
+
+
+def test_a_shard_that_comes_when_its_rows_were_used_is_let_go(local, cache, monkeypatch):
+    output, _ = as_remote(local[0], monkeypatch)
+    shards = LatentShards(output, cache=cache)
+    may_come, bring = threading.Event(), ShardCache.bring
+    monkeypatch.setattr(ShardCache, "bring", lambda *given: may_come.wait(20) and bring(*given))
+    shards.follow([ShardUse(0, 0, 3)])
+    shards.reached(0)
+    time.sleep(0.1)
+    shards.reached(4)
+    may_come.set()
+    wait_until(lambda: len(bodies(cache)) == 1)
+    lock = bodies(cache)[0].with_suffix(".lock")
+    wait_until(lambda: is_free(lock))
+
+
+def is_free(lock: Path) -> bool:
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
 
 def test_a_limit_that_cannot_be_held_warns_once_and_reads_rows(

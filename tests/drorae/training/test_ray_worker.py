@@ -7,6 +7,7 @@ import pytest
 from drorae.config import Compute
 from drorae.failure import Failure, Fatal
 from drorae.store.context import StageContext, StageResult
+from drorae.training import failures
 
 RayActorError = pytest.importorskip("ray.exceptions").RayActorError
 ray_worker = pytest.importorskip("drorae.training.ray_worker")
@@ -149,3 +150,15 @@ def test_a_system_error_is_the_cause_of_what_is_raised(ctx, monkeypatch):
         ray_worker._raise_first(ctx, Exception("Ray's words"))
     assert isinstance(caught.value.__cause__, OSError)
     assert caught.value.__cause__.errno == 28
+
+
+def test_the_error_of_an_earlier_run_is_not_told_again(ctx, monkeypatch):
+    class Trainer:
+        def fit(self):
+            raise RuntimeError("no worker started")
+
+    folder_uri = failures.start_group(ray_worker._ranks_uri(ctx), "earlier", 0, 1)
+    failures.record_error(folder_uri, 0, ValueError("a mistake of yesterday"))
+    monkeypatch.setattr(ray_worker, "_trainer", lambda *arguments: Trainer())
+    with pytest.raises(RuntimeError, match="no worker started"):
+        ray_worker._fit(ctx, lambda *a, **k: StageResult(files=[]), {}, 0)
