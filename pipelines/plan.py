@@ -25,6 +25,7 @@ DEFAULT_WORKSPACE = "runs"
 WORKSPACE_VARIABLE = "DRORAE_WORKSPACE"
 
 State = Literal["present", "missing", "unfinished", "damaged", "forced", "code changed"]
+NOT_THERE = ("missing", "unfinished", "damaged")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,11 +150,16 @@ def make_plan(
     keys = stages.stage_keys(full, table, sources)
     selected = _selected(request, keys)
     steps: dict[str, Step] = {}
+    behind: dict[str, list[Step]] = {}
     for stage in stages.enabled_stages(full, table):
         step = _step(stage, keys[stage.name], full, sources, workspace, built)
         step = dataclasses.replace(step, selected=stage.name in selected)
-        inputs = [steps[name] for name in stages.needs_of(full, stage, keys)]
-        steps[stage.name] = _with_wishes(step, request, inputs)
+        needs = stages.needs_of(full, stage, keys)
+        inputs = [one for name in needs for one in (steps[name], *behind[name])]
+        step = _with_wishes(step, request, inputs)
+        # A wish passes through a stage that is built for another reason.
+        behind[stage.name] = inputs if step.must_run and step.state in NOT_THERE else []
+        steps[stage.name] = step
     plan = RunPlan(
         request=request, full=full, keys=keys, sources=sources, steps=tuple(steps.values())
     )
@@ -229,7 +235,7 @@ def _with_wishes(step: Step, request: Request, inputs: Sequence[Step]) -> Step:
     if request.strict_code and step.code_changed:
         return dataclasses.replace(step, state="code changed", reason="built by other code")
     for state, why in (("forced", "by --force"), ("code changed", "by changed code")):
-        again = [needed.stage for needed in inputs if needed.state == state]
+        again = dict.fromkeys(needed.stage for needed in inputs if needed.state == state)
         if again:
             reason = f"{', '.join(again)} is built again {why}"
             return dataclasses.replace(step, state=state, reason=reason)

@@ -125,7 +125,7 @@ def _stages(
         tokenizer_cost(name, job, networks, num_train_images=train, num_workers=workers)
         for name, job in jobs.items()
     ]
-    costs.append(latents_cost(networks, train, flip=full.latents.flip))
+    costs.append(latents_cost(full.latents, networks, train))
     costs += [
         diffusion_cost("diffusion", full.diffusion, networks.diffusion, num_workers=workers),
         diffusion_cost("guide", full.guide, networks.guide, num_workers=workers),

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from drorae.cost.count import NetworkCost, Role
+from drorae.data.jobs import LatentJob
 from drorae.evaluation.job import EvaluateJob
 from drorae.training.jobs import AdversarialConfig, DiffusionStage, TokenizerTraining
 
@@ -174,11 +175,11 @@ def diffusion_cost(
     )
 
 
-def latents_cost(networks: Networks, num_train_images: int, *, flip: bool) -> StageCost:
+def latents_cost(job: LatentJob, networks: Networks, num_train_images: int) -> StageCost:
     """Encode every training image once, and mirrored."""
-    images = num_train_images * (2 if flip else 1)
+    images = num_train_images * (2 if job.flip else 1)
     once = networks.encoder.forward_flops + networks.fusion.forward_flops
-    return StageCost(stage="latents", images=images, flops={"float32": float(once * images)})
+    return StageCost(stage="latents", images=images, flops={job.precision: float(once * images)})
 
 
 def evaluate_cost(

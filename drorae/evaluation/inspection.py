@@ -66,8 +66,9 @@ def inspect_tokenizer(
     report["sensitivity"] = _sensitivity(tokenizer, generator, latents, lpips, seed)
     picture = None
     if latents.weights is not None:
-        report["routing"] = routing_report(latents.weights)
-        picture = routing_picture(images, latents.weights)
+        weights = latents.weights.float()  # NumPy has no bfloat16
+        report["routing"] = routing_report(weights)
+        picture = routing_picture(images, weights)
     return Inspection(report=report, routing=picture)
 
 

@@ -176,6 +176,16 @@ def test_what_follows_a_forced_stage_is_built_again(
     assert "is built again by --force" in reasons["report"]
 
 
+def test_what_follows_a_forced_stage_through_a_missing_one_is_built_again(
+    request_: Request, workspace: Path
+) -> None:
+    build_all(workspace, fake.FakeJob())
+    next(workspace.glob("stages/b/*/manifest.json")).unlink()
+    plan = make_plan(replace(request_, force=("a",)))
+    found = {step.stage: step.state for step in plan.steps}
+    assert (found["b"], found["c"]) == ("missing", "forced")
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"

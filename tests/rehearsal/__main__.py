@@ -6,6 +6,7 @@ A table of what was measured, against bounds; ends with 1 if a line fails.
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -52,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
             _tell(f"{name:10} {(check.__doc__ or '').splitlines()[0]}")
         return 0
     logging.basicConfig(level=logging.ERROR)
+    # By default SIGTERM ends Python at once, and the S3 server would go on.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     os.environ.update(QUIET)
     sizes = QUICK if options.quick else Sizes()
     lines, errors = rehearse(options.only or list(CHECKS), sizes, options.seed)

@@ -4,8 +4,10 @@ import contextlib
 import functools
 import itertools
 import multiprocessing
+import queue
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ CAP_BYTES_S = 100e6
 """Network of a node: 100 MB/s, at which the code of 2026-11-24 needed 90 s to its first batch."""
 LATENT_GRID = (16, 16)
 PROCESS_TIMEOUT_S = 900.0
+LOOK_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,16 +120,41 @@ class Bench:
         return self._stack.enter_context(capped_link(self.server.endpoint, CAP_BYTES_S))
 
     def run(self, loops: Sequence[Loop]) -> list[Seen]:
-        """Run ranks side by side, each in a process of its own, begun when all are ready."""
+        """Run ranks side by side, each in a process of its own, begun when all are ready.
+
+        Raises:
+            RuntimeError: A rank failed.
+            TimeoutError: None ended in time.
+        """
         spawn = multiprocessing.get_context("spawn")
         start, results = spawn.Barrier(len(loops)), spawn.Queue()
-        processes = [spawn.Process(target=run_loop, args=(one, start, results)) for one in loops]
+        processes = [
+            spawn.Process(target=run_loop, args=(one, start, results), daemon=True) for one in loops
+        ]
         for process in processes:
             process.start()
-        seen = [results.get(timeout=PROCESS_TIMEOUT_S) for _ in loops]
-        for process in processes:
-            process.join()
-        return seen
+        try:
+            return [next_result(results, processes) for _ in loops]
+        finally:
+            for process in processes:
+                process.kill()  # a failed rank leaves the others waiting for it
+                process.join()
+
+
+def next_result(results: Any, processes: Sequence[Any]) -> Seen:
+    """What the next rank to end has measured.
+
+    Raises:
+        RuntimeError: A rank failed.
+        TimeoutError: None ended in time.
+    """
+    deadline_s = time.monotonic() + PROCESS_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(queue.Empty):
+            return results.get(timeout=LOOK_EVERY_S)
+        if any(process.exitcode for process in processes):
+            raise RuntimeError("a rank failed; its error stands above")
+    raise TimeoutError(f"no rank ended within {PROCESS_TIMEOUT_S:.0f} s")
 
 
 def in_process(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -50,6 +50,7 @@ def capped_link(target: str, bytes_s: float) -> Iterator[Link]:
     mine, theirs = spawn.Pipe()
     process = spawn.Process(target=_serve, args=(target, counts, bytes_s, theirs), daemon=True)
     process.start()
+    theirs.close()  # so that its end is noticed
     try:
         yield Link(f"http://127.0.0.1:{mine.recv()}", counts)
     finally:

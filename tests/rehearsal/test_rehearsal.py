@@ -1,14 +1,17 @@
 """The rehearsal measures what it says; it is not run here."""
 
+import queue
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
 from tests.rehearsal.__main__ import CHECKS, main
+from tests.rehearsal.bench import next_result
 from tests.rehearsal.line import Line, render
 from tests.rehearsal.link import capped_link
 from tests.rehearsal.pictures import photo_jpeg
@@ -45,6 +48,14 @@ def test_a_link_counts_what_it_carries_and_keeps_its_rate(endpoint: str) -> None
         assert time.monotonic() - started_s > 0.9 * 2 * ANSWER_BYTES / 1e6
         assert link.num_requests == 2
         assert 2 * ANSWER_BYTES < link.read_bytes < 2 * ANSWER_BYTES + 2000  # with headers
+
+
+def test_a_failed_rank_is_not_waited_for() -> None:
+    ranks = [SimpleNamespace(exitcode=None), SimpleNamespace(exitcode=1)]
+    started_s = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank failed"):
+        next_result(queue.Queue(), ranks)
+    assert time.monotonic() - started_s < 10
 
 
 def test_a_line_holds_its_number_against_its_bound() -> None:

@@ -78,6 +78,7 @@ def test_storage_and_steps_of_the_paper(paper: RunCost) -> None:
     assert storage["latents"] == 2 * 1_281_167 * 768 * 16 * 16 * 2  # both views
     assert stage_of(paper, "diffusion").images == 80 * 5004 * 256
     assert stage_of(paper, "latents").images == 2 * 1_281_167
+    assert list(stage_of(paper, "latents").flops) == ["tf32"]  # as latents.precision says
     assert stage_of(paper, "diffusion").memory["ddp"].images == 32
     assert stage_of(paper, "diffusion").memory["none"].images == 256
 

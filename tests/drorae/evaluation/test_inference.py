@@ -8,8 +8,10 @@ from evaluation_fakes import GRID, WIDTH, commit, write_module
 from PIL import Image
 
 from drorae.config import to_json
+from drorae.data.images import ImageShards
 from drorae.diffusion.guidance import GuidanceConfig
 from drorae.evaluation.inference import SamplerSettings, reconstruct_files, sample_images
+from drorae.evaluation.inspection import inspect_tokenizer
 from drorae.evaluation.job import EvaluateJob
 from drorae.evaluation.loading import load_generator, load_tokenizer
 from drorae.evaluation.tasks import Extent, image_tasks, sampler_settings
@@ -33,6 +35,19 @@ def test_files_are_shown_beside_their_reconstructions(
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ValueError, match="cannot be used"):
         reconstruct_files(tokenizer, [tmp_path / "text.png"])
+
+
+def test_a_tokenizer_in_bfloat16_can_be_inspected(outputs: dict[str, StageOutput]) -> None:
+    found = inspect_tokenizer(
+        load_tokenizer(outputs, precision="bfloat16"),
+        load_generator(outputs),
+        ImageShards(outputs["shard"], "val"),
+        num_images=2,
+        lpips=lambda first, second: (first - second).square().mean(dim=(1, 2, 3)),
+        seed=0,
+    )
+    assert found.routing is not None
+    assert found.routing.dtype == np.uint8
 
 
 def test_a_sample_depends_on_its_index_not_on_its_batch(outputs: dict[str, StageOutput]) -> None:
