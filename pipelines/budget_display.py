@@ -16,6 +16,9 @@ COLUMNS = (
     *("Gb/s per node", "reads ms", "reduce ms", "in bfloat16", "step ms", "hours", "bound by"),
 )
 
+LATENT_STAGES = ("diffusion", "guide")
+"""Stages that read latents, of which a shard holds both views."""
+
 
 def budgets_json(found: "Sequence[Budget]", cluster: "Cluster") -> dict[str, Any]:
     """Return the extrapolation and the machines that it is for."""
@@ -94,12 +97,13 @@ def _advice(budget: "Budget", cluster: "Cluster") -> str:
     if budget.bound == "loader":
         return start + (
             f"host-bound, {budget.loader_cores:.0f} cores a GPU would keep up, "
-            f"{cluster.cores_per_gpu} are there; give it more, or lower compute.num_workers."
+            f"{cluster.cores_per_gpu} are there; give every GPU more."
         )
     needed = cluster.network_gbps * budget.network_s / budget.gpu_s
     start += f"network-bound, {needed:.0f} Gb/s a node would keep up"
     if budget.reads_s > budget.network_s / 2:
-        return f"{start}; mostly its reads: latents.flip=false halves those of latents."
+        less = ": latents.flip=false halves them" if budget.stage in LATENT_STAGES else ""
+        return f"{start}; mostly for its reads{less}."
     return (
         f"{start}; mostly the reduction, {_ms(budget.reduce_s)} ms in float32 and "
         f"{_ms(budget.reduce_half_s)} ms in bfloat16 (compute.reduce_dtype); lower "

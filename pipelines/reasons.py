@@ -52,9 +52,9 @@ def why_missing(
 def _source_changes(sources: Sources, workspace: Workspace, last: Manifest) -> Iterator[str]:
     digests = last.config.get(stages.SOURCES, {})
     for path, now in sources.items():
-        told = describe_change(path, digests.get(path), now, workspace)
-        if told:
-            yield told
+        change = describe_change(path, digests.get(path), now, workspace)
+        if change:
+            yield change
 
 
 def _changes(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:

@@ -156,10 +156,10 @@ class Session:
             raise
         except StageFailed as failure:
             self._runs.finish_stage(stage.name, "FAILED")
-            # What is final ends the run, whose last line tells it; others are tried again.
+            # What is final ends the run, whose last line says it; others are tried again.
             error = failure.error
-            told = f"see {failure.log_path}" if error.is_final else error.message
-            self._display.note(f"{stage.name}: failed: {told}")
+            why = f"see {failure.log_path}" if error.is_final else error.message
+            self._display.note(f"{stage.name}: failed: {why}")
             raise
         self._runs.finish_stage(stage.name, "FINISHED")
         return result.outcome

@@ -52,8 +52,8 @@ def count_loads(full: FullJob, cost: RunCost, peak_tflops: float, mfu: float) ->
 
 
 def shard_cpu_s(full: FullJob, num_images: int) -> float:
-    """CPU seconds of stage `shard`."""
-    return num_images * SHARD_CPU_S * _area(full)
+    """CPU seconds of stage `shard`; where it keeps the files it makes no squares of any size."""
+    return num_images * SHARD_CPU_S * (1.0 if full.shard.pictures == "source" else _area(full))
 
 
 def _tokenizer(full: FullJob, stage: StageCost, job: TokenizerTraining, gpu_s: float) -> Load:

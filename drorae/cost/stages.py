@@ -130,7 +130,7 @@ def tokenizer_cost(
     encode = networks.encoder.forward_flops
     cached = job.hidden_states != "none"
     trained = fusion.step_flops[fusion_role] + networks.decoder.step_flops[decoder_role]
-    # What autocast leaves out; cuDNN's convolutions use TF32 unless told otherwise.
+    # What autocast leaves out; cuDNN's convolutions use TF32 unless set otherwise.
     outside = "float32" if job.precision == "float32" else "tf32"
     plain = _add({job.precision: trained, "tf32": lpips}, {outside: 0 if cached else encode})
     guided, learning = _adversarial(job.adversarial, networks, fusion, outside)

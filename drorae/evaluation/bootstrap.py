@@ -25,7 +25,7 @@ __all__ = ["Interval", "intervals"]
 CHUNK_REPLICATES = 250
 """Replicates drawn at once, which bounds the matrix of counts to 250 x units float64."""
 MIN_CLASSES = 5
-"""With fewer classes the images are resampled: four classes tell too little of others."""
+"""With fewer classes the images are resampled: four classes say too little of others."""
 LEVEL = 0.95
 
 

@@ -1,12 +1,12 @@
 """Distances between feature sets: Frechet, KID, precision and recall, Inception-like score.
 
-KID and the score come from torch-fidelity's own functions, applied to features that were computed
-once; precision and recall from `neighbours`, in bounded memory. For the Frechet distance
-torch-fidelity takes the eigenvalues of a non-symmetric
-product, several times slower and a place where BLAS and SciPy builds have been wrong. Here it comes
-from a symmetric eigendecomposition in float64, and torch-fidelity's value is the cross-check that
-must agree, once per evaluation. With fewer images than feature dimensions the covariances are
-singular and the distance is biased upwards: compare only sets of equal size.
+KID and the score come from torch-fidelity's functions, applied to features that were computed once;
+precision and recall from `neighbours`, in bounded memory. For the Frechet distance torch-fidelity
+takes the eigenvalues of a non-symmetric product, several times slower and a place where BLAS and
+SciPy builds have been wrong. Here it comes from a symmetric eigendecomposition in float64, and
+torch-fidelity's value is the cross-check that must agree, once per evaluation. With fewer images
+than feature dimensions the covariances are singular and the distance is biased upwards: compare
+only sets of equal size.
 """
 
 from dataclasses import dataclass
@@ -159,8 +159,8 @@ def cross_checked(value: float, first: Gaussian, second: Gaussian) -> float:
     if not np.isfinite(other) or abs(value - other) > AGREEMENT * max(float(scale), 1e-12):
         raise RuntimeError(
             f"Frechet distance is {value:.6g} from the symmetric form but {other:.6g} from "
-            "torch-fidelity: expected "
-            "agreement; the BLAS/LAPACK of this NumPy is wrong, install another build."
+            "torch-fidelity: expected agreement; the BLAS/LAPACK of this NumPy is wrong, install "
+            "another build."
         )
     return float(other)
 

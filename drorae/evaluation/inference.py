@@ -93,8 +93,7 @@ class Tokenizer:
         if stage not in self.decoders:
             raise ValueError(
                 f"decoder of stage {stage!r} is not loaded: expected one of "
-                f"{sorted(self.decoders)}; "
-                "run that stage first."
+                f"{sorted(self.decoders)}; run that stage first."
             )
         with number_format(self.precision, self.device.type):
             return to_uint8(self.decoders[stage](tokens.to(self.device)).float())

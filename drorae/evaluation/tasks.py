@@ -52,8 +52,8 @@ class Extent:
 
 def image_tasks(evaluate: EvaluateJob, extent: Extent) -> list[ShardTask]:
     """Everything that makes pictures, in a fixed order; sizes are passes through a network."""
-    seen = min(evaluate.num_diagnostic_images, extent.num_photos)
-    inspect = ShardTask("inspect", {"kind": "inspect"}, size=6 * seen)
+    inspected = min(evaluate.num_diagnostic_images, extent.num_photos)
+    inspect = ShardTask("inspect", {"kind": "inspect"}, size=6 * inspected)
     passes = 2 + 3 * len(extent.models)
     tasks = _chunks("reconstruct", extent.num_photos, evaluate.chunk_photos, passes)
     tasks += [inspect, *_chunks(REAL, extent.num_real, evaluate.chunk_photos, 1)]
@@ -127,8 +127,8 @@ def sampler_settings(guidance: str, evaluate: EvaluateJob) -> SamplerSettings:
 def _guidance_config(guidance: str, evaluate: EvaluateJob) -> GuidanceConfig:
     if guidance not in ("cfg", "autoguidance", "internal"):
         return GuidanceConfig()
-    own = guidance == "internal"
-    low, high = evaluate.internal_interval if own else evaluate.guidance_interval
+    is_internal = guidance == "internal"
+    low, high = evaluate.internal_interval if is_internal else evaluate.guidance_interval
     scale = getattr(evaluate, f"{guidance}_scale")
     return GuidanceConfig(kind=guidance, scale=scale, t_min=low, t_max=high)
 

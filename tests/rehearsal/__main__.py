@@ -32,11 +32,11 @@ def rehearse(names: Sequence[str], sizes: Sizes, seed: int) -> tuple[list[Line],
             started_s = time.monotonic()
             try:
                 for line in CHECKS[name](bench):
-                    _tell(" | ".join(line.cells()))
+                    _print(" | ".join(line.cells()))
                     lines.append(line)
             except Exception as error:
                 errors.append(f"{name}: {type(error).__name__}: {error}")
-            _tell(f"{name}: {time.monotonic() - started_s:.0f} s")
+            _print(f"{name}: {time.monotonic() - started_s:.0f} s")
     return lines, errors
 
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if options.list:
         for name, check in CHECKS.items():
-            _tell(f"{name:10} {(check.__doc__ or '').splitlines()[0]}")
+            _print(f"{name:10} {(check.__doc__ or '').splitlines()[0]}")
         return 0
     logging.basicConfig(level=logging.ERROR)
     # By default SIGTERM ends Python at once, and the S3 server would go on.
@@ -58,11 +58,11 @@ def main(argv: Sequence[str]) -> int:
     os.environ.update(QUIET)
     sizes = QUICK if options.quick else Sizes()
     lines, errors = rehearse(options.only or list(CHECKS), sizes, options.seed)
-    _tell(f"\n{render(lines)}\n" + "".join(f"\n{error}" for error in errors))
+    _print(f"\n{render(lines)}\n" + "".join(f"\n{error}" for error in errors))
     return 0 if not errors and all(line.ok for line in lines) else 1
 
 
-def _tell(text: str) -> None:
+def _print(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 

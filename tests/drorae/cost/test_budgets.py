@@ -5,7 +5,7 @@ import pytest
 from drorae import recipes
 from drorae.config import override
 from drorae.cost.budgets import Budget, Cluster, Load, budget, budgets
-from drorae.cost.loads import count_loads
+from drorae.cost.loads import SHARD_CPU_S, count_loads, shard_cpu_s
 from drorae.cost.run import count_run
 
 CLUSTER = Cluster(gpus_per_node=8, cores_per_gpu=10, network_gbps=80)  # 10 GB/s a node
@@ -90,6 +90,12 @@ def test_loads_of_the_paper_are_its_latents_and_gradients() -> None:
     assert diffusion.gpu_s == pytest.approx(4.90e-3, rel=0.01)  # TF32 at 40 % of the peak
     assert loads["latents"].images == 1_281_167
     assert loads["latents"].grows
+
+
+def test_sharding_takes_as_long_at_any_size_where_files_are_kept() -> None:
+    assert shard_cpu_s(recipes.get("imagenet512"), 10) == pytest.approx(10 * SHARD_CPU_S)
+    squares = override(recipes.get("cifar10"), ["shard.resolution_px=32"])
+    assert shard_cpu_s(squares, 10) == pytest.approx(10 * SHARD_CPU_S / 64)
 
 
 def test_sharded_training_sends_more() -> None:
