@@ -311,9 +311,11 @@ def _open_local(uri: str, entry: FileEntry) -> OpenShard:
 
 
 def _max_open_shards() -> int:
-    """Shards that may be mapped at a time; raises the process's limit of open files, if it may."""
+    """Shards that may be mapped at a time; raises the process's limit of open files as needed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if resource.RLIM_INFINITY in (soft, hard):
-        return MOST_OPEN
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return min(max(2, (hard - SPARE_FILES) // 2), MOST_OPEN)
+    limit = wanted = 2 * MOST_OPEN + SPARE_FILES
+    if hard != resource.RLIM_INFINITY:
+        limit = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return max(2, (limit - SPARE_FILES) // 2)

@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+import resource
 import threading
 import time
 from pathlib import Path
@@ -195,3 +196,23 @@ def test_what_is_not_stored_is_an_error(local):
     shards.has_flip = False
     with pytest.raises(ValueError, match=r"latents\.flip=true"):
         shards.read(np.array([0]), np.array([True]))
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "raised_to", "most"),
+    [
+        (256, resource.RLIM_INFINITY, 8448, 4096),
+        (1024, 4096, 4096, 1920),
+        (1024, 1 << 30, 8448, 4096),
+        (100_000, 1 << 30, None, 4096),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None, 4096),
+    ],
+)
+def test_the_limit_of_open_files_is_raised_as_far_as_needed(
+    monkeypatch, soft, hard, raised_to, most
+):
+    raised: list[int] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: raised.append(limits[0]))
+    assert store_module._max_open_shards() == most
+    assert raised == ([raised_to] if raised_to else [])
