@@ -152,6 +152,8 @@ class ShardStore:
         return opened.data[start : start + size]
 
     def _remote(self, shard: int, start: int, size: int) -> memoryview:
+        if (data := self._mapped(shard, start, size)) is not None:  # it came meanwhile
+            return data
         entry = self._entries[shard]
         with self._lock:
             self._by_range[shard] += size

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,4 +116,4 @@ def main(folder: Path) -> None:
         "on_actors": on_actors,
         "in_process": in_process,
     }
-    sys.stdout.write(json.dumps(found) + "\n")
+    (folder / "found.json").write_text(json.dumps(found))

@@ -154,7 +154,7 @@ def _command(weed: Path, folder: Path, ports: list[int], secret: str) -> list[st
         "filer.port": filer,
         "filer.port.grpc": filer_grpc,
         "master.volumeSizeLimitMB": 256,
-        "volume.max": 100,
+        "volume.max": 2000,  # seven for each bucket
         "volume.preStopSeconds": 0,
         "master.electionTimeout": "1s",
         "master.telemetry": "false",
