@@ -207,7 +207,9 @@ def objects_on_s3(
 
     def inside(folder: str) -> list[tuple[str, int, str]]:
         pages = s3.list_pages(f"{root}/{folder}")
-        return [(f"{folder}{name}", *state) for page in pages for name, *state in page.objects]
+        return [
+            (f"{folder}{name}", size, etag) for page in pages for name, size, etag in page.objects
+        ]
 
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
         for done, objects in enumerate(pool.map(inside, folders), 1):

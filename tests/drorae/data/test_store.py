@@ -98,6 +98,7 @@ def test_passed_shards_make_room_and_those_to_come_wait_for_it(local, tmp_path, 
     largest = max(entry.size_bytes for entry in output.manifest.files)
     cache = ShardCache(tmp_path / "cache", limit_bytes=int(1.5 * largest))
     monkeypatch.setattr(store_module, "RETRY_S", 0.02)
+    monkeypatch.setattr(store_module, "DOWNLOADS_AT_ONCE", 1)  # two would race for the only room
     shards = LatentShards(output, cache=cache)
     shards.follow([ShardUse(0, 0, 3), ShardUse(1, 4, 7)])
     wait_until(lambda: len(bodies(cache)) == 1)
