@@ -18,7 +18,14 @@ from drorae.data.images import ImageShards
 from drorae.data.shard_cache import node_cache
 from drorae.data.shard_map import ShardTask
 from drorae.evaluation.features import Features, build_features
-from drorae.evaluation.frechet import Gaussian, Reference, distances, reference_of
+from drorae.evaluation.frechet import (
+    Gaussian,
+    Reference,
+    distances,
+    fit_gaussian,
+    frechet_distance,
+    reference_of,
+)
 from drorae.evaluation.inference import Generator, Tokenizer
 from drorae.evaluation.inspection import inspect_tokenizer
 from drorae.evaluation.job import EvaluateJob
@@ -227,10 +234,14 @@ class MeasureWorker:
         )
 
     def __call__(self, task: ShardTask) -> dict[str, Any]:
-        """Distances of one set."""
+        """Distances of one set, or the Frechet distance alone."""
         stored = self._sets[task.payload["set"]]
+        features = read_features(stored.uris(self._ctx.work_uri), stored.num_images)
+        if task.payload["frechet_only"]:
+            target, root = self._reference.gaussian, self._reference.root
+            return {"fd": frechet_distance(fit_gaussian(features.pooled), target, root)}
         found = distances(
-            read_features(stored.uris(self._ctx.work_uri), stored.num_images),
+            features,
             self._reference,
             kid_subset=self._job.kid_subset,
             isc_splits=self._job.isc_splits,
