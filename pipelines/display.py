@@ -53,8 +53,8 @@ def format_duration(seconds: float | None) -> str:
 
 def describe_progress(progress: dict[str, Any]) -> str:
     """Return `120/500 steps, 9.8 steps/s, 45.1 images/s, 39 s left, message`."""
-    unit = progress.get("unit", "")
-    parts = [f"{progress.get('done', 0):g}/{progress.get('total', 0):g} {unit}"]
+    unit, total = progress.get("unit", ""), progress.get("total")
+    parts = [] if total is None else [f"{progress.get('done', 0):g}/{total:g} {unit}"]
     if progress.get("rate_per_s"):
         parts.append(f"{progress['rate_per_s']:.1f} {unit}/s")
     if progress.get("images_per_s"):

@@ -18,6 +18,7 @@ from drorae.config import from_json, to_json
 from drorae.failure import Failure, describe_failure
 from drorae.store.context import StageContext, StageResult
 from drorae.store.stage_run import run_once
+from drorae.store.stage_work import drop_work_of_other_inputs
 from drorae.store.workspace import StageOutput, Workspace
 from pipelines import attempt as attempts
 from pipelines import children, ray_head
@@ -66,6 +67,7 @@ def _build(
         tracking_run_id=spec.run_ids.get("mlflow"),
         attempt=attempt,
     )
+    drop_work_of_other_inputs(ctx)
     # Importing torch takes seconds in which the local Ray comes up; only then ask for its address.
     entry = resolve(spec.entry)
     address_path = os.environ.get(RAY_ADDRESS_PATH_VARIABLE)

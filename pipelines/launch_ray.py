@@ -20,6 +20,7 @@ from pipelines.launch import OnProgress, ProgressFollower, Stopped, require_resu
 POLL_S = 1.0
 STATUS_EVERY_S = 5.0
 LOST_AFTER_S = 300.0
+PENDING_S = 180.0  # a job that has a place starts in seconds
 SUBMIT_FOR_S = 120.0
 # A group that is torn down waits so long for a rank that may be stopped; 30 s by default.
 JOB_VARIABLES = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "10"}
@@ -59,7 +60,7 @@ class RayJobLauncher:
         else:
             attempt = attempts.claim_attempt(spec)
             self._submit(spec, attempt)
-        outcome = self._follow(spec, attempt, ProgressFollower(spec, on_progress))
+        outcome = self._follow(spec, attempt, on_progress)
         return require_result(outcome, f"ray job logs {submission_id(spec, attempt)}")
 
     def close(self) -> None:
@@ -90,10 +91,9 @@ class RayJobLauncher:
                         f"Ray at {self._address} did not take job {name}: {error}; see its logs."
                     ) from error
 
-    def _follow(
-        self, spec: JobSpec, attempt: int, follower: ProgressFollower
-    ) -> JobResult | Failure:
+    def _follow(self, spec: JobSpec, attempt: int, on_progress: OnProgress) -> JobResult | Failure:
         uri, name = attempts.attempt_uri(spec, attempt), submission_id(spec, attempt)
+        follower, pending = ProgressFollower(spec, on_progress), _Pending(spec, name, on_progress)
         next_status_s = time.monotonic() + STATUS_EVERY_S
         answered_s = time.monotonic()
         while not self._stop.wait(POLL_S):
@@ -105,6 +105,7 @@ class RayJobLauncher:
                 continue
             next_status_s = time.monotonic() + STATUS_EVERY_S
             status = self._status(name)
+            pending.saw(status)
             if status is not None:
                 answered_s = time.monotonic()
             silent_s = time.monotonic() - answered_s
@@ -144,6 +145,42 @@ class RayJobLauncher:
                         "its Jobs API there (port 8265). Start it, or unset DRORAE_RAY_ADDRESS."
                     ) from error
             return self._connected
+
+
+class _Pending:
+    """Says once why a job may not start: Ray keeps one that nothing has room for without a word.
+
+    Args:
+        spec: The job.
+        name: Its name on the cluster.
+        on_progress: Called with the message.
+    """
+
+    def __init__(self, spec: JobSpec, name: str, on_progress: OnProgress) -> None:
+        self._spec, self._name, self._on_progress = spec, name, on_progress
+        self._said_at_s = time.monotonic() + PENDING_S
+        self._is_over = False
+
+    def saw(self, status: str | None) -> None:
+        """Count the time until a status other than PENDING."""
+        self._is_over |= status not in (None, "PENDING")
+        if self._is_over or status is None or time.monotonic() < self._said_at_s:
+            return
+        self._is_over = True
+        driver = self._spec.driver
+        message = (
+            f"waits for room on the Ray head: asks for {driver.cpus:g} CPUs, {driver.gpus:g} GPUs "
+            f"and {driver.memory_bytes / 2**30:g} GiB of memory"
+        )
+        log.warning(
+            "job %s has not started for %.0f s: it %s. `ray status -v` tells what the head "
+            "declares and what others use: --num-cpus, --num-gpus and --memory of `ray start`; on "
+            "Kubernetes rayStartParams, or the limits of the head's container.",
+            self._name,
+            PENDING_S,
+            message,
+        )
+        self._on_progress({"stage": self._spec.stage, "message": message})
 
 
 def entrypoint_resources(driver: Resources) -> dict[str, Any]:

@@ -26,7 +26,8 @@ SOURCES = "sources"
 
 DRIVER = Resources(cpus=0.0, memory_bytes=2 << 30)
 """A stage's own process: it hands out work, waits, and writes small files. It needs no GPU, and
-runs on a head that declares neither GPUs nor CPUs."""
+runs on a head that declares neither GPUs nor CPUs. Evaluate's holds 1.0 GiB with 50,000 photos,
+most of it libraries, and Ray Data comes on top."""
 PIXELS = Resources(cpus=1.0)
 """An actor that reads and writes pictures."""
 

@@ -31,7 +31,7 @@ from drorae.evaluation.reconstruction import (
 from drorae.evaluation.report import render
 from drorae.evaluation.report_data import collect
 from drorae.evaluation.stored import read_arrays, values_uri
-from drorae.evaluation.tasks import PHOTOS, Extent, image_tasks, measure_tasks
+from drorae.evaluation.tasks import PHOTOS, Extent, image_tasks, measure_tasks, photo_set
 from drorae.evaluation.workers import ImageWorker, MeasureWorker
 from drorae.models.encoder_config import EncoderConfig
 from drorae.store.context import StageContext, StageResult
@@ -186,14 +186,17 @@ def _metrics(
         for model, columns in means.items()
     }
     for model, columns in reconstruction.items():
-        columns["fd"] = {"mean": generation.pop(f"photos/{model}")["fd"], "lo": None, "hi": None}
+        measured = generation[photo_set(model, evaluate, run.extent)]
+        columns["fd"] = {"mean": measured["fd"], "lo": None, "hi": None}
     return {
         "reconstruction": reconstruction,
         "differences": {
             pair: {metric: interval.as_dict() for metric, interval in columns.items()}
             for pair, columns in differences.items()
         },
-        "generation": generation,
+        "generation": {
+            name: row for name, row in generation.items() if not name.startswith(f"{PHOTOS}/")
+        },
         "diagnostics": made["inspect"]["report"],
         "meta": protocol(
             evaluate,

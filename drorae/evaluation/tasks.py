@@ -28,6 +28,7 @@ __all__ = [
     "feature_sets",
     "image_tasks",
     "measure_tasks",
+    "photo_set",
     "sampler_settings",
     "set_name",
 ]
@@ -36,6 +37,8 @@ SWAPPED = ("unguided", "autoguidance")
 """Guidances whose latents are decoded by both decoders: the two columns of the paper's table 4."""
 PHOTOS, REAL = "photos", "real"
 """Sets of held-out photos, the reference, and of training photos."""
+RECONSTRUCTION = "reconstruction"
+"""Set of reconstructions by the decoder that draws the samples, at most as many as samples."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,12 +82,12 @@ def feature_sets(evaluate: EvaluateJob, extent: Extent) -> dict[str, StoredSet]:
             )
     chunk = evaluate.chunk_photos
     for model in extent.models:
-        sets[f"{PHOTOS}/{model}"] = StoredSet(
+        name = photo_set(model, evaluate, extent)
+        sets[name] = StoredSet(
             folder=f"{PHOTOS}-{model}", num_images=extent.num_photos, chunk=chunk
         )
-    drawn_by = "finetune" if evaluate.decoder_for_samples == "finetune" else "fusion"
-    sets["reconstruction"] = StoredSet(
-        folder=f"{PHOTOS}-{drawn_by}",
+    sets[RECONSTRUCTION] = StoredSet(
+        folder=f"{PHOTOS}-{_drawn_by(evaluate)}",
         num_images=min(extent.num_photos, evaluate.num_samples),
         chunk=chunk,
         decoder=evaluate.decoder_for_samples,
@@ -94,11 +97,34 @@ def feature_sets(evaluate: EvaluateJob, extent: Extent) -> dict[str, StoredSet]:
 
 
 def measure_tasks(evaluate: EvaluateJob, extent: Extent) -> list[ShardTask]:
-    """One comparison a set; the first is cross-checked with torch-fidelity."""
+    """One comparison a set; the first is cross-checked with torch-fidelity.
+
+    Of all reconstructions of a model the Frechet distance alone is wanted.
+    """
     return [
-        ShardTask(f"measure-{name.replace('/', '-')}", {"set": name, "cross_check": number == 0})
+        ShardTask(
+            f"measure-{name.replace('/', '-')}",
+            {
+                "set": name,
+                "cross_check": number == 0,
+                "frechet_only": name.startswith(f"{PHOTOS}/"),
+            },
+        )
         for number, name in enumerate(feature_sets(evaluate, extent))
     ]
+
+
+def photo_set(model: str, evaluate: EvaluateJob, extent: Extent) -> str:
+    """Name of the set with a model's reconstructions of all photos.
+
+    It is the set of reconstructions that stands beside the samples where that one has as many.
+    """
+    is_measured = model == _drawn_by(evaluate) and extent.num_photos <= evaluate.num_samples
+    return RECONSTRUCTION if is_measured else f"{PHOTOS}/{model}"
+
+
+def _drawn_by(evaluate: EvaluateJob) -> str:
+    return "finetune" if evaluate.decoder_for_samples == "finetune" else "fusion"
 
 
 def decoder_stages(guidance: str, evaluate: EvaluateJob) -> list[str]:

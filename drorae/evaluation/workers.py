@@ -18,11 +18,19 @@ from drorae.data.images import ImageShards
 from drorae.data.shard_cache import node_cache
 from drorae.data.shard_map import ShardTask
 from drorae.evaluation.features import Features, build_features
-from drorae.evaluation.frechet import Gaussian, Reference, distances, reference_of
+from drorae.evaluation.frechet import (
+    Gaussian,
+    Reference,
+    distances,
+    fit_gaussian,
+    frechet_distance,
+    reference_of,
+)
 from drorae.evaluation.inference import Generator, Tokenizer
 from drorae.evaluation.inspection import inspect_tokenizer
 from drorae.evaluation.job import EvaluateJob
 from drorae.evaluation.loading import load_generator, load_tokenizer
+from drorae.evaluation.photos import PhotoBatch, photo_batches
 from drorae.evaluation.reconstruction import measure, reconstruct
 from drorae.evaluation.stored import (
     StoredSet,
@@ -77,7 +85,7 @@ class ImageWorker:
         with number_format("float32", self._device.type), torch.no_grad():
             if kind == "inspect":
                 return self._inspect()
-            ids = np.arange(payload["start"], payload["stop"])
+            ids = range(payload["start"], payload["stop"])
             if kind == "reconstruct":
                 self._reconstruct(ids)
             elif kind == REAL:
@@ -86,10 +94,9 @@ class ImageWorker:
                 self._sample(kind, ids)
         return {"feature_identity": self._features.identity}
 
-    def _reconstruct(self, ids: np.ndarray) -> None:
+    def _reconstruct(self, ids: range) -> None:
         arrays, features = _Columns(), _Columns()
-        for batch in self._batches(ids):
-            images, labels = self._photos("val").read(batch)
+        for batch, images, labels in self._photo_batches("val", ids):
             images = images.to(self._device)
             shown = torch.from_numpy(batch < self._job.num_grid_images)
             drawn = reconstruct(self._tokenizer, images)
@@ -101,9 +108,9 @@ class ImageWorker:
                 folder = PHOTOS if name == "photo" else f"{PHOTOS}-{name}"
                 features.add(folder, self._features.of(pictures))
         self._write(features, ids)
-        write_arrays(values_uri(self._ctx.work_uri, PHOTOS, int(ids[0])), **arrays.joined())
+        write_arrays(values_uri(self._ctx.work_uri, PHOTOS, ids.start), **arrays.joined())
 
-    def _sample(self, guidance: str, ids: np.ndarray) -> None:
+    def _sample(self, guidance: str, ids: range) -> None:
         job, arrays, features = self._job, _Columns(), _Columns()
         generator = self._floor if guidance == "untrained" else self._generator
         settings, stages = sampler_settings(guidance, job), decoder_stages(guidance, job)
@@ -120,16 +127,16 @@ class ImageWorker:
                     arrays.add("index", batch[shown])
                     arrays.add("images", pictures[torch.from_numpy(shown)].cpu().numpy())
         self._write(features, ids)
-        write_arrays(values_uri(self._ctx.work_uri, guidance, int(ids[0])), **arrays.joined())
+        write_arrays(values_uri(self._ctx.work_uri, guidance, ids.start), **arrays.joined())
 
-    def _read_real(self, ids: np.ndarray) -> None:
-        uri = feature_uri(self._ctx.work_uri, REAL, int(ids[0]))
+    def _read_real(self, ids: range) -> None:
+        uri = feature_uri(self._ctx.work_uri, REAL, ids.start)
         cached = self._cache_file(ids)
         if cached is not None and cached.exists():
             files.upload(cached, uri)
             return
-        photos = self._photos("train")
-        parts = [self._features.of(photos.read(batch)[0]) for batch in self._batches(ids)]
+        batches = self._photo_batches("train", ids)
+        parts = [self._features.of(images) for _, images, _ in batches]
         write_features(uri, parts)
         if cached is not None:
             write_features(str(cached), parts)
@@ -147,21 +154,24 @@ class ImageWorker:
             write_arrays(values_uri(self._ctx.work_uri, "routing", 0), picture=found.routing)
         return {"report": found.report, "has_routing": found.routing is not None}
 
-    def _write(self, features: "_Columns", ids: np.ndarray) -> None:
+    def _write(self, features: "_Columns", ids: range) -> None:
         for folder, parts in features.items():
-            write_features(feature_uri(self._ctx.work_uri, folder, int(ids[0])), parts)
+            write_features(feature_uri(self._ctx.work_uri, folder, ids.start), parts)
 
-    def _batches(self, ids: np.ndarray) -> Iterator[np.ndarray]:
-        for start in range(0, len(ids), self._job.batch_images):
-            yield ids[start : start + self._job.batch_images]
+    def _batches(self, ids: range) -> Iterator[np.ndarray]:
+        for start in ids[:: self._job.batch_images]:
+            yield np.arange(start, min(start + self._job.batch_images, ids.stop))
 
-    def _cache_file(self, ids: np.ndarray) -> Path | None:
+    def _photo_batches(self, split: str, ids: range) -> Iterator[PhotoBatch]:
+        return photo_batches(self._photos(split), ids, self._job.batch_images)
+
+    def _cache_file(self, ids: range) -> Path | None:
         """Features of training photos, by the content of the shards and of the weights."""
         if not self._ctx.compute.cache_path:
             return None
         shard = self._ctx.inputs["shard"]
         content = [shard.entry(name).sha256 for name in shard.names("train/")]
-        key = [self._features.identity, content, int(ids[0]), len(ids), self._job.batch_images]
+        key = [self._features.identity, content, ids.start, len(ids), self._job.batch_images]
         return Path(self._ctx.compute.cache_path) / "features" / f"{digest(key)}.npz"
 
     @functools.cached_property
@@ -224,10 +234,14 @@ class MeasureWorker:
         )
 
     def __call__(self, task: ShardTask) -> dict[str, Any]:
-        """Distances of one set."""
+        """Distances of one set, or the Frechet distance alone."""
         stored = self._sets[task.payload["set"]]
+        features = read_features(stored.uris(self._ctx.work_uri), stored.num_images)
+        if task.payload["frechet_only"]:
+            target, root = self._reference.gaussian, self._reference.root
+            return {"fd": frechet_distance(fit_gaussian(features.pooled), target, root)}
         found = distances(
-            read_features(stored.uris(self._ctx.work_uri), stored.num_images),
+            features,
             self._reference,
             kid_subset=self._job.kid_subset,
             isc_splits=self._job.isc_splits,

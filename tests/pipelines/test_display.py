@@ -34,6 +34,7 @@ def test_progress_says_rate_and_time_left() -> None:
     text = describe_progress(PROGRESS)
     assert text == "120/500 steps, 9.8 steps/s, 45.1 images/s, 39 s left, training"
     assert describe_progress({"done": 1, "total": 2, "unit": "images"}) == "1/2 images"
+    assert describe_progress({"message": "waits"}) == "waits"
 
 
 def play(console: Console) -> str:

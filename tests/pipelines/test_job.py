@@ -12,7 +12,7 @@ from fake_graph import stages as fake
 
 from drorae.config import to_json
 from drorae.failure import Failure
-from drorae.store.workspace import Workspace
+from drorae.store.workspace import WORK_NAME, Workspace
 from pipelines import attempt, job, stages
 from pipelines.attempt import JobResult, JobSpec
 from pipelines.launch import LocalLauncher, StageFailed, Stopped
@@ -84,6 +84,25 @@ def test_an_input_that_vanished_is_named(spec: JobSpec, monkeypatch: pytest.Monk
     code, outcome = run_in_process(replace(spec, input_keys={"z": "0"}), monkeypatch)
     assert code == 1
     assert "output of z (key 0) is not in" in outcome.message
+
+
+@pytest.mark.parametrize(("text", "resumed_at"), [("x", 5), ("other", 0)])
+def test_work_begun_from_an_input_that_was_built_again_otherwise_is_not_continued(
+    spec: JobSpec, monkeypatch: pytest.MonkeyPatch, text: str, resumed_at: int
+) -> None:
+    run_in_process(spec, monkeypatch)
+    full = fake.FakeJob(b=fake.FakeStage(fail_attempts=1))
+    entry, sections = fake.TABLE[1].entry, fake.TABLE[1].sections
+    follower = replace(spec, stage="b", key="kb", entry=entry, sections=sections)
+    follower = replace(follower, config=to_json(full), input_keys={"a": spec.key})
+    run_in_process(follower, monkeypatch)
+    work = Path(Workspace(spec.workspace).stage_uri("b", "kb"), WORK_NAME)
+    (work / "checkpoint").write_text("5")
+    again = spec_of(Path(spec.workspace), fake.FakeJob(a=fake.FakeStage(text=text)))
+    run_in_process(replace(again, key=spec.key, force=True), monkeypatch)
+    assert run_in_process(follower, monkeypatch)[1].outcome == "built"
+    steps = [event["step"] for event in fake.events() if event["event"] == "resume"]
+    assert steps[-1] == resumed_at
 
 
 def test_the_address_of_the_local_ray_is_awaited(

@@ -14,6 +14,7 @@ from pipelines.launch_ray import RayJobLauncher, submission_id
 
 
 class Status(Enum):
+    PENDING = "PENDING"
     RUNNING = "RUNNING"
     FAILED = "FAILED"
 
@@ -189,6 +190,28 @@ def test_a_cluster_that_takes_no_jobs_is_an_error(
     cluster.on_submit = refuse
     with pytest.raises(RuntimeError, match="did not take job fusion-abc-a1: No available agent"):
         run(launcher, spec)
+
+
+@pytest.mark.parametrize("status", [Status.PENDING, Status.RUNNING])
+def test_a_job_that_the_head_has_no_room_for_is_told_once_and_waited_for(
+    launcher: RayJobLauncher,
+    cluster: FakeCluster,
+    spec: JobSpec,
+    status: Status,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(launch_ray, "PENDING_S", 0.05)
+    cluster.on_submit = lambda name: cluster.jobs.update({name: status})
+    threading.Timer(0.5, finish, (spec, 1, RESULT)).start()
+    told: list[dict] = []
+    spec = replace(spec, driver=Resources(cpus=0.5, memory_bytes=3 << 29))
+    assert launcher.run(spec, uses_ray=True, on_progress=told.append) == RESULT
+    asked = "asks for 0.5 CPUs, 0 GPUs and 1.5 GiB of memory"
+    times = 1 if status is Status.PENDING else 0
+    assert caplog.text.count(asked) == len(told) == times
+    assert all(asked in progress["message"] for progress in told)
+    assert caplog.text.count("--memory of `ray start`") == times
 
 
 def test_stopping_the_run_stops_the_job(

@@ -91,6 +91,33 @@ def test_all_models_sets_and_files_are_there(evaluate, context: StageContext) ->
     assert all(np.isfinite(v) for v in result.metrics.values())
 
 
+def test_reconstructions_of_all_photos_get_the_frechet_distance_alone_and_none_twice(
+    evaluate, context: StageContext
+) -> None:
+    evaluate(context)
+    first = read_metrics(context)
+    done = Path(context.work_uri, "done")
+    models = {"rae", "fusion", "finetune", "control"}
+    small = {path.stem for path in done.glob("measure-photos-*")}
+    assert small == {f"measure-photos-{model}" for model in models}
+    for name in small:
+        assert "fd" in (text := (done / f"{name}.json").read_text())
+        assert "kid" not in text
+    for path in done.glob("measure-*"):
+        path.unlink()
+    evaluate(context, dataclasses.replace(JOB, num_val_images=7))
+    found = read_metrics(context)
+    assert "measure-photos-finetune" not in {path.stem for path in done.iterdir()}
+    assert (
+        found["reconstruction"]["finetune"]["fd"]["mean"]
+        == found["generation"]["reconstruction"]["fd"]
+    )
+    for part in ("reconstruction", "generation"):
+        assert list(found[part]) == list(first[part])
+        for name, row in first[part].items():
+            assert list(found[part][name]) == list(row)
+
+
 def test_means_are_those_of_the_per_image_table(evaluate, context: StageContext) -> None:
     evaluate(context)
     table = pq.read_table(Path(context.output_uri, "per_image.parquet")).to_pandas()
