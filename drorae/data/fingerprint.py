@@ -17,7 +17,7 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from drorae.data.assets.catalog import ARCHIVES, ASSETS, asset_names
+from drorae.data.assets.catalog import ARCHIVES, ASSETS, asset_names, read_index
 from drorae.data.readers.filesystem import objects_on_s3
 from drorae.store import s3
 from drorae.store.errors import clear_errors, is_s3
@@ -128,8 +128,9 @@ def fingerprint(source: str, *, reads_all: bool = False) -> Fingerprint:
 def _pinned(name: str) -> Fingerprint:
     asset_names([name])
     archive = ARCHIVES[ASSETS[name].archive]
-    # Not this machine's index: it may have no assets, or one that came from a substitute.
-    text = f"{name}\0{archive.package}\0{archive.sha256}"
+    # A substitute from another home may differ; the index says where an asset came from.
+    origin = read_index().get(name, {}).get("origin", archive.package)
+    text = f"{name}\0{origin}\0{archive.sha256}"
     digest = hashlib.sha256(text.encode()).hexdigest()[:DIGEST_HEX_DIGITS]
     return Fingerprint(digest=f"asset:{digest}", rows=np.empty(0, ROW))
 
