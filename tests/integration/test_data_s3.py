@@ -19,8 +19,7 @@ from drorae.data.shard_map import run_in_process
 from drorae.data.sharding import run_shard
 from drorae.store import files, s3
 from drorae.store.context import StageContext, StageResult
-from drorae.store.manifest import Manifest
-from drorae.store.workspace import StageOutput
+from tests.drorae.data.data_fakes import committed
 
 pytestmark = pytest.mark.slow
 
@@ -74,25 +73,8 @@ def test_shards_in_a_bucket_equal_local_ones(s3_uri: str, tmp_path: Path, pictur
     )
     assert len(entries) == 5
     assert entries == local
-    manifest = Manifest(
-        stage="shard",
-        key="k",
-        version="1",
-        config={},
-        input_keys={},
-        files=tuple(results[s3_uri].files),
-        metrics={},
-        seed=0,
-        code_digest="",
-        packages={},
-        hardware={},
-        wall_s=0.0,
-        device_hours=0.0,
-        attempt=1,
-        run_ids={},
-        created_at="",
-    )
-    output = StageOutput(uri=f"{s3_uri}/stages/shard/k", manifest=manifest)
+    ctx = StageContext(stage="shard", key="k", output_uri=f"{s3_uri}/stages/shard/k")
+    output = committed(ctx, results[s3_uri])
     shards = ImageShards(output, "train", cache=ShardCache(tmp_path / "cache"))
     assert shards.read(np.arange(5))[0].shape == (5, 3, 16, 16)
 

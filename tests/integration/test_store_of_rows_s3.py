@@ -13,36 +13,14 @@ from drorae.data.shard_format import part_name, write_index, write_latent_shard
 from drorae.data.store import ShardStore
 from drorae.store import files
 from drorae.store.context import StageContext, StageResult
-from drorae.store.manifest import Manifest
 from drorae.store.workspace import StageOutput
+from tests.drorae.data.data_fakes import committed
 
 pytestmark = pytest.mark.slow
 
 SPAWN = multiprocessing.get_context("spawn")
 ROWS, SHAPE = 60, (8, 16, 16)
 ROW_BYTES = 2 * 8 * 16 * 16
-
-
-def committed(ctx: StageContext, result: StageResult) -> StageOutput:
-    manifest = Manifest(
-        stage=ctx.stage,
-        key=ctx.key,
-        version="1",
-        config={},
-        input_keys={},
-        files=tuple(result.files),
-        metrics={},
-        seed=0,
-        code_digest="",
-        packages={},
-        hardware={},
-        wall_s=0.0,
-        device_hours=0.0,
-        attempt=1,
-        run_ids={},
-        created_at="",
-    )
-    return StageOutput(uri=ctx.output_uri, manifest=manifest)
 
 
 @pytest.fixture
