@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from drorae import checkpoint
 from drorae.checkpoint import TrainingCheckpoints
+from drorae.failure import Fatal
 from drorae.store import files
 
 pytestmark = pytest.mark.slow
@@ -107,6 +108,18 @@ def test_files_of_more_ranks_that_a_new_save_replaces_are_deleted(tmp_path: Path
     save(str(tmp_path), 5, False)
     assert not (tmp_path / "checkpoints" / "step-00000005.1.bin").exists()
     assert_restored(str(tmp_path), 5, False)
+
+
+def _refused(folder: str) -> None:
+    with pytest.raises(Fatal, match="has format 99: expected 3"):
+        make(folder).restore(lambda: cut(values(0), False))
+
+
+def test_a_checkpoint_that_rank_0_refuses_ends_every_rank_at_once(tmp_path: Path) -> None:
+    save(str(tmp_path), 5, False)
+    marker = tmp_path / "checkpoints" / "step-00000005.json"
+    marker.write_text(marker.read_text().replace('"format":3', '"format":99'))
+    start(2, _refused, str(tmp_path))
 
 
 def _fail_on_rank_1(folder: str) -> None:
