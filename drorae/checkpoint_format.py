@@ -171,9 +171,10 @@ def read_marker(uri: str) -> Marker:
     """
     try:
         record = files.read_json(uri)
-        if record["format"] != FORMAT:
+        found = record.get("format", "1 or 2")  # markers did not tell it before 3
+        if found != FORMAT:
             raise Fatal(
-                f"{uri}: the training checkpoint has format {record['format']}: expected {FORMAT}; "
+                f"{uri}: the training checkpoint has format {found}: expected {FORMAT}; "
                 "finish the stage with the version that wrote it, or delete its checkpoints."
             )
         tensors = record["tensors"]

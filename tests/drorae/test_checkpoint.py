@@ -124,6 +124,9 @@ def test_checkpoints_of_another_format_or_of_other_tensors_are_refused(tmp_path:
     marker.write_text(marker.read_text().replace('"format":3', '"format":99'))
     with pytest.raises(Fatal, match="has format 99: expected 3"):
         restored(make(tmp_path))
+    marker.write_text('{"step": 5, "size_bytes": 9, "sha256": "ab"}')
+    with pytest.raises(Fatal, match="has format 1 or 2: expected 3"):
+        restored(make(tmp_path))
 
 
 def dying_after(budget: int) -> Callable[..., Any]:
