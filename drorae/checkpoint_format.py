@@ -201,13 +201,14 @@ def check_tensors(uri: str, marker: Marker, layout: Layout) -> None:
         Fatal: Names one that differs.
     """
     for name in sorted(marker.layout.shapes.keys() | layout.shapes.keys()):
-        there, here = marker.layout.shapes.get(name), layout.shapes.get(name)
-        if there != here:
-            raise Fatal(
-                f"{uri}: {name} has the shape {there} in the checkpoint and {here} in the model: "
-                "expected the same tensors; finish the stage with the configuration and version "
-                "that wrote it, or delete its checkpoints."
-            )
+        for what in ("shape", "dtype"):
+            there, here = (getattr(of, f"{what}s").get(name) for of in (marker.layout, layout))
+            if there != here:
+                raise Fatal(
+                    f"{uri}: {name} has the {what} {there} in the checkpoint and {here} in the "
+                    "model: expected the same tensors; finish the stage with the configuration and "
+                    "version that wrote it, or delete its checkpoints."
+                )
 
 
 def read_parts(

@@ -120,6 +120,8 @@ def test_checkpoints_of_another_format_or_of_other_tensors_are_refused(tmp_path:
         make(tmp_path).restore(lambda: tensors() | {"w": torch.zeros(9)})
     with pytest.raises(Fatal, match=r"more has the shape None in the checkpoint"):
         make(tmp_path).restore(lambda: tensors() | {"more": torch.zeros(9)})
+    with pytest.raises(Fatal, match=r"w has the dtype torch.float32 in the .* and torch.float16"):
+        make(tmp_path).restore(lambda: tensors() | {"w": torch.zeros(8, 8, dtype=torch.half)})
     marker = tmp_path / "checkpoints" / "step-00000005.json"
     marker.write_text(marker.read_text().replace('"format":3', '"format":99'))
     with pytest.raises(Fatal, match="has format 99: expected 3"):
