@@ -28,7 +28,8 @@ class Ranks:
     Without torch.distributed, or alone in it, nothing is sent.
 
     Args:
-        timeout_s: How long they wait for each other.
+        timeout_s: How long they wait for each other. Whatever comes after a wait that was too long
+            fails as well.
     """
 
     def __init__(self, timeout_s: float) -> None:

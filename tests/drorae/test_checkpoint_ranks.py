@@ -122,6 +122,27 @@ def test_a_checkpoint_that_rank_0_refuses_ends_every_rank_at_once(tmp_path: Path
     start(2, _refused, str(tmp_path))
 
 
+def _late_on_rank_1(folder: str) -> None:
+    write, failures = files.write_with, [OSError("the store is away")]
+
+    def late(uri: str, save: Callable[..., None]) -> Any:
+        if distributed.get_rank() == 1 and failures:
+            raise failures.pop()
+        return write(uri, save)
+
+    checkpoint.RETRY_AFTER_S, files.write_with = (3.0,), late  # type: ignore[assignment]
+    checkpoints = make(folder)
+    checkpoints.timeout_s = 1.0
+    for step in (5, 10):
+        checkpoints.save(step, cut(values(step), False), {})
+    checkpoints.wait()
+    assert "step-00000005.json" in files.list_files(f"{folder}/checkpoints")
+
+
+def test_ranks_wait_for_one_that_tries_again(tmp_path: Path) -> None:
+    start(2, _late_on_rank_1, str(tmp_path))
+
+
 def _fail_on_rank_1(folder: str) -> None:
     checkpoint.RETRY_AFTER_S = ()
     if distributed.get_rank() == 1:
