@@ -39,6 +39,7 @@ from drorae.checkpoint_ranks import Ranks, local_part
 from drorae.failure import Failure, describe_failure, failure_as_error
 from drorae.store import files
 from drorae.store.files import FileEntry
+from drorae.store.patience import PATIENCE_S
 
 __all__ = ["Snapshot", "TrainingCheckpoints", "load_weights", "newest_step", "weights_bytes"]
 
@@ -48,6 +49,12 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = (2.0, 10.0, 30.0)
 """Waits before a failed write is tried again."""
+REQUESTS_OF_A_TRY = 4
+"""Requests of one try that may each wait for an absent store: before, of, and after the files."""
+LONGEST_OUTAGES_S = (1 + len(RETRY_AFTER_S)) * REQUESTS_OF_A_TRY * PATIENCE_S + sum(RETRY_AFTER_S)
+"""What absent stores may cost a rank in one save: 4 tries * 4 requests * 90 s + 42 s = 1482 s; the
+usual case, one outage in each try, costs 402 s. A group of gloo that timed out once is of no use
+any more, so that ranks wait for each other so much longer than otherwise."""
 MAX_FAILED_SAVES = 2
 """Saves that may fail one after the other before training stops."""
 
@@ -99,7 +106,8 @@ class TrainingCheckpoints:
         every_s: Seconds after which one is due anyway.
         keep: Number of newest checkpoints kept.
         keep_every_steps: Those at multiples of this are kept too; 0: none.
-        timeout_s: How long ranks wait for each other.
+        timeout_s: How long ranks wait for each other, outages of the store (`LONGEST_OUTAGES_S`)
+            aside. A rank that dies is noticed at once.
     """
 
     work_uri: str
@@ -218,7 +226,7 @@ class TrainingCheckpoints:
 
     def _connected(self) -> Ranks:
         if self._ranks is None:
-            self._ranks = Ranks(self.timeout_s)
+            self._ranks = Ranks(self.timeout_s + LONGEST_OUTAGES_S)
         return self._ranks
 
     def _layout_of(self, tensors: Mapping[str, Tensor]) -> Layout:

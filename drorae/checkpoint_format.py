@@ -55,6 +55,9 @@ __all__ = [
 FORMAT = 3
 """Changes when older checkpoints can no longer be read. 2: one file of whole tensors."""
 
+WRITE_BYTES = 8 * 2**20
+"""Written at once: the client of S3 copies what it is given."""
+
 Exchange = Callable[[Any], list[Any]]
 """Gives a value to all ranks and returns everyone's, by rank."""
 
@@ -157,7 +160,9 @@ def write_part(uri: str, chunks: list[Chunk], copies: Mapping[str, Tensor]) -> F
 
     def save(target: BinaryIO) -> None:
         for chunk in chunks:
-            target.write(_bytes_of(copies[chunk.name]))
+            data = _bytes_of(copies[chunk.name])
+            for start in range(0, len(data), WRITE_BYTES):
+                target.write(data[start : start + WRITE_BYTES])
 
     return files.write_with(uri, save)
 
@@ -171,9 +176,10 @@ def read_marker(uri: str) -> Marker:
     """
     try:
         record = files.read_json(uri)
-        if record["format"] != FORMAT:
+        found = record.get("format", "1 or 2")  # markers did not tell it before 3
+        if found != FORMAT:
             raise Fatal(
-                f"{uri}: the training checkpoint has format {record['format']}: expected {FORMAT}; "
+                f"{uri}: the training checkpoint has format {found}: expected {FORMAT}; "
                 "finish the stage with the version that wrote it, or delete its checkpoints."
             )
         tensors = record["tensors"]
@@ -200,13 +206,14 @@ def check_tensors(uri: str, marker: Marker, layout: Layout) -> None:
         Fatal: Names one that differs.
     """
     for name in sorted(marker.layout.shapes.keys() | layout.shapes.keys()):
-        there, here = marker.layout.shapes.get(name), layout.shapes.get(name)
-        if there != here:
-            raise Fatal(
-                f"{uri}: {name} has the shape {there} in the checkpoint and {here} in the model: "
-                "expected the same tensors; finish the stage with the configuration and version "
-                "that wrote it, or delete its checkpoints."
-            )
+        for what in ("shape", "dtype"):
+            there, here = (getattr(of, f"{what}s").get(name) for of in (marker.layout, layout))
+            if there != here:
+                raise Fatal(
+                    f"{uri}: {name} has the {what} {there} in the checkpoint and {here} in the "
+                    "model: expected the same tensors; finish the stage with the configuration and "
+                    "version that wrote it, or delete its checkpoints."
+                )
 
 
 def read_parts(

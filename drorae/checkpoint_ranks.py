@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
+
+from drorae.failure import Failure, describe_failure, failure_as_error
 
 __all__ = ["Ranks", "local_part"]
 
@@ -26,7 +28,8 @@ class Ranks:
     Without torch.distributed, or alone in it, nothing is sent.
 
     Args:
-        timeout_s: How long they wait for each other.
+        timeout_s: How long they wait for each other. Whatever comes after a wait that was too long
+            fails as well.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -47,11 +50,21 @@ class Ranks:
         return values
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What rank 0 made (a collective); an exception of `make` is raised there alone."""
-        box: list[Any] = [make() if self.rank == 0 else None]
-        if self.count > 1:
-            dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
+        """What rank 0 made (a collective); an exception of `make` is raised on every rank."""
+        if self.count == 1:
+            return make()
+        box: list[Any] = [None, None]
+        error: Exception | None = None
+        if self.rank == 0:
+            try:
+                box[0] = make()
+            except Exception as raised:  # the others wait for an answer, whatever it is
+                error, box[1] = raised, describe_failure(raised)
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        made, failure = cast(tuple[T, Failure | None], tuple(box))
+        if failure is not None:
+            raise error or failure_as_error(failure)
+        return made
 
     @torch.no_grad()
     def put(self, tensor: Tensor, value: Tensor | None, owner: int) -> None:

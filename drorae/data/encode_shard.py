@@ -1,7 +1,8 @@
 """The task of the stage `latents`: encode the images of one shard and write their latents.
 
 Each picture is decoded once, by threads, while the device works on the batch before; both views are
-made of it there, and hidden states stay there too. Rows go to the file while later ones are being
+made of it there, and hidden states stay there too. Where the tokenizer's training kept those, and
+no mirrored view is wanted, nothing is decoded. Rows go to the file while later ones are being
 computed. One shard of latents is in memory at a time: rows * views * 0.4 MB at 768 x 16 x 16.
 """
 
@@ -118,39 +119,42 @@ class EncodeShard:
         self, first: int, end: int, moments: RunningMoments
     ) -> Iterator[tuple[int, list[Tensor]]]:
         """First id and latents (CPU) of every batch, one behind what the device is given."""
-        starts = range(first, end, self._job.batch_images)
-
-        def read(start: int) -> UInt8[Tensor, "batch 3 height width"]:
-            ids = np.arange(start, min(start + self._job.batch_images, end))
-            return self._images.read(ids)[0]
-
+        size = self._job.batch_images
+        rows = [np.arange(start, min(start + size, end)) for start in range(first, end, size)]
         before: tuple[int, _Copies] | None = None
-        with contextlib.closing(prefetched(read, starts, 1)) as batches:
-            for start, images in zip(starts, batches, strict=True):
-                views = self._views(start, images)
+        steps = range(len(rows))
+        with contextlib.closing(prefetched(lambda n: self._read(rows[n]), steps, 1)) as batches:
+            for ids, images in zip(rows, batches, strict=True):
+                views = self._views(ids, images)
                 for latent in views:
                     moments.update(latent)
-                started = start, _Copies(views)
+                started = int(ids[0]), _Copies(views)
                 if before is not None:
                     yield before[0], before[1].finish()
                 before = started
         if before is not None:
             yield before[0], before[1].finish()
 
+    def _read(self, ids: np.ndarray) -> UInt8[Tensor, "batch 3 height width"] | None:
+        """The images; none where kept hidden states tell all."""
+        if self._kept_states is not None and not self._job.flip:
+            return None
+        return self._images.read(ids)[0]
+
     @torch.no_grad()
     def _views(
-        self, start: int, images: UInt8[Tensor, "batch 3 height width"]
+        self, ids: np.ndarray, images: UInt8[Tensor, "batch 3 height width"] | None
     ) -> list[Float[Tensor, "batch channels height width"]]:
         """Latents (float16) of the images, and of the mirrored ones if they are wanted."""
         with number_format(self._job.precision, self._device.type):
-            pixels = to_unit(images.to(self._device, non_blocking=True))
-            if self._kept_states is None:
-                hidden = [self._encoder(pixels)]
-            else:
-                ids = np.arange(start, start + len(images))
-                hidden = [self._kept_states.read(ids).to(self._device)]
-            if self._job.flip:
-                hidden.append(self._encoder(pixels.flip(-1)))
+            kept = self._kept_states
+            hidden = [] if kept is None else [kept.read(ids).to(self._device)]
+            if images is not None:
+                pixels = to_unit(images.to(self._device, non_blocking=True))
+                if kept is None:
+                    hidden.append(self._encoder(pixels))
+                if self._job.flip:
+                    hidden.append(self._encoder(pixels.flip(-1)))
             # Rounded as all kept hidden states are: the mode of keeping them changes no latent.
             fused = (self._fusion(h.to(torch.float16).to(torch.float32)).latent for h in hidden)
             return [tokens_to_map(tokens).to(torch.float16) for tokens in fused]

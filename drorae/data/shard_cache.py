@@ -131,8 +131,15 @@ class ShardCache:
                     self._wait_for_other(entry)
             return shard
 
-    def bring(self, uri: str, entry: FileEntry) -> Outcome:
+    def bring(
+        self, uri: str, entry: FileEntry, reserved: Callable[[], None] = lambda: None
+    ) -> Outcome:
         """Fetch the shard unless it is here, another process is at it, or there is no room.
+
+        Args:
+            uri: Its address.
+            entry: Its content.
+            reserved: Called when it has room, before it is fetched.
 
         Raises:
             FileNotFoundError: The remote file does not exist.
@@ -147,6 +154,7 @@ class ShardCache:
                 return "here"
             if not self._reserve(entry):
                 return "full"
+            reserved()
             self._download(uri, entry)
             os.utime(lock.descriptor)
             return "here"

@@ -8,6 +8,7 @@ twice, and written once or, with a pack, twice.
 """
 
 import base64
+import errno
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from drorae.data.readers.tar import tar_span
 from drorae.data.shard_format import PICTURE_SCHEMA, write_picture_shard
 from drorae.data.shard_map import ShardTask
 from drorae.data.shard_plan import read_plan
+from drorae.failure import Fatal
 from drorae.store import files
 
 PACK_BYTES = 64 << 20
@@ -218,7 +220,8 @@ class WriteShard:
         """Plan: `SHARD_PLAN_SCHEMA`; payload: name, first_id; result: a `ShardPart` as JSON.
 
         Raises:
-            RuntimeError: A source image is not what it was when it was checked.
+            Fatal: A source image is not what it was when it was checked.
+            RuntimeError: It cannot be read now.
         """
         plan = read_plan(task)
         first_id, name = int(task.payload["first_id"]), str(task.payload["name"])
@@ -257,12 +260,17 @@ def _in_place_order(plan: pa.Table) -> Iterator[tuple[int, bytes]]:
     spans = [_span(rows[i]) for i in order]
     for row, data in zip(order, read_spans(spans), strict=True):
         if isinstance(data, OSError) or not _is_unchanged(rows[row], data):
-            reason = str(data) if isinstance(data, OSError) else "its content is another"
-            raise RuntimeError(
-                f"source image {rows[row]['key']!r} has changed since it was checked ({reason}): "
-                "expected a source that stays as it is. Run the stage again."
-            )
+            raise _changed(rows[row]["key"], data)
         yield row, data
+
+
+def _changed(key: str, data: bytes | OSError) -> RuntimeError:
+    reason = str(data) if isinstance(data, OSError) else "its content is another"
+    may_come_back = isinstance(data, OSError) and data.errno not in {None, errno.ENOENT}
+    return (RuntimeError if may_come_back else Fatal)(
+        f"source image {key!r} has changed since it was checked ({reason}): expected a source that "
+        "stays as it is. Run the stage again."
+    )
 
 
 def _span(row: dict[str, Any]) -> Span:

@@ -33,6 +33,7 @@ from drorae.data.shard_files import CheckPictures, PictureRule, WriteShard
 from drorae.data.shard_format import ShardPart, part_name, write_index
 from drorae.data.shard_map import Executor, map_shards
 from drorae.data.shard_plan import plan_tasks
+from drorae.failure import Fatal
 from drorae.store import files
 from drorae.store.context import StageContext, StageResult
 
@@ -63,7 +64,7 @@ def run_shard(
         FileNotFoundError: The source does not exist.
         ValueError: The source holds no usable training image, or no validation image although one
             is asked for.
-        RuntimeError: The source changed meanwhile.
+        Fatal: The source changed meanwhile; the next run checks it anew.
     """
     candidates = Candidates.of(_list(ctx, shard), shard.seed, shard.val_fraction)
     checked = Checked(len(candidates.listing))
@@ -76,10 +77,15 @@ def run_shard(
         chosen = _choose_both(shard, candidates, checked)
     rejects = _rejects(candidates, checked, chosen)
     _check_not_empty(shard, chosen, rejects)
-    parts = {
-        split: _write_split(ctx, shard, split, candidates, checked, choice.rows, executor)
-        for split, choice in chosen.items()
-    }
+    try:
+        parts = {
+            split: _write_split(ctx, shard, split, candidates, checked, choice.rows, executor)
+            for split, choice in chosen.items()
+        }
+    except Fatal as error:
+        if not isinstance(error.__cause__, OSError):  # a full disk says nothing of the source
+            _forget_checks(ctx)
+        raise
     return _finish(ctx, shard, candidates.listing, parts, rejects)
 
 
@@ -175,6 +181,14 @@ def _check(
         executor=executor,
     )
     checked.add([task.name for task in tasks], results)
+
+
+def _forget_checks(ctx: StageContext) -> None:
+    """Delete the markers of the checks: they describe pictures that are no longer there."""
+    done_uri = files.join(ctx.work_uri, "done")
+    for name in files.list_files(done_uri):
+        if name.startswith("check-"):
+            files.delete(files.join(done_uri, name))
 
 
 def _limits(job: ShardJob) -> ImageLimits:

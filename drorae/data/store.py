@@ -12,8 +12,9 @@ import logging
 import resource
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 from drorae.config import Compute
@@ -102,8 +103,12 @@ class ShardStore:
         if self._ahead is not None:
             self._ahead.reached(step)
 
-    def bring(self, shard: int) -> Outcome:
+    def bring(self, shard: int, reserved: Callable[[], None] = lambda: None) -> Outcome:
         """Have a shard here and mapped, without waiting for a process that fetches it already.
+
+        Args:
+            shard: Its number.
+            reserved: Called when it has room, before it is fetched; not if it is not fetched.
 
         Raises:
             FileNotFoundError: The remote file does not exist.
@@ -113,7 +118,7 @@ class ShardStore:
             if shard in self._open:
                 return "here"
         entry = self._entries[shard]
-        outcome = self._cache.bring(self._uri_of(entry), entry)
+        outcome = self._cache.bring(self._uri_of(entry), entry, reserved)
         if outcome == "full":
             self._close_idle()
         if outcome != "here":
@@ -208,6 +213,9 @@ class ShardStore:
 class _Ahead:
     """Threads that bring the shards of a plan, in its order, and keep them until they are passed.
 
+    They download at the same time, but take turns at choosing a shard and reserving its room: a
+    later shard must not take the room of an earlier one.
+
     Args:
         store: What to bring them into.
         uses: The plan.
@@ -219,9 +227,10 @@ class _Ahead:
         self._later: deque[ShardUse] = deque()
         self._taken: list[tuple[int, int]] = []
         self._step = 0
-        self._is_full = self._is_exhausted = False
+        self._is_exhausted = False
+        self._without_room: ShardUse | None = None
         self._changed = threading.Condition()
-        self._reading = threading.Lock()
+        self._turn = threading.Lock()
         self._stopped = False
         for _ in range(DOWNLOADS_AT_ONCE):
             threading.Thread(target=self._work, name="shards ahead", daemon=True).start()
@@ -240,19 +249,28 @@ class _Ahead:
                 self._changed.notify_all()
 
     def _work(self) -> None:
-        while (use := self._next()) is not None:
-            try:
-                outcome = self._store.bring(use.shard)
-            except (OSError, RuntimeError) as error:
-                # Whoever needs a row of it gets the error; the others need not.
-                log.warning("shard %d could not be fetched ahead: %s", use.shard, error)
-                continue
-            with self._changed:
-                self._is_full = outcome == "full"
-                if self._stopped or use.last_step < self._step:
-                    self._store.use(use.shard, 0)  # it came too late
-                elif outcome != "here":
-                    self._later.append(use)
+        while True:
+            with ExitStack() as turn:
+                turn.enter_context(self._turn)
+                use = self._next()
+                if use is None:
+                    return
+                self._bring(use, turn.close)
+
+    def _bring(self, use: ShardUse, end_turn: Callable[[], None]) -> None:
+        try:
+            outcome = self._store.bring(use.shard, end_turn)
+        except (OSError, RuntimeError) as error:
+            # Whoever needs a row of it gets the error; the others need not.
+            log.warning("shard %d could not be fetched ahead: %s", use.shard, error)
+            return
+        with self._changed:
+            if self._stopped or use.last_step < self._step:
+                self._store.use(use.shard, 0)  # it came too late
+            elif outcome != "here":
+                self._later.append(use)
+                if outcome == "full" and self._without_room is None:
+                    self._without_room = use
 
     def _next(self) -> ShardUse | None:
         """A use to work on; waits where there is no room, or no more to do than to try again."""
@@ -265,23 +283,24 @@ class _Ahead:
                 self._changed.wait(RETRY_S)
                 while self._later and not self._stopped:
                     use = self._later.popleft()
+                    if use is self._without_room:
+                        self._without_room = None
                     if use.last_step >= self._step:
                         return use
         return None
 
     def _may_take(self) -> bool:
         with self._changed:
-            is_full = self._is_full and bool(self._later)
             # Plans may be endless: two epochs ahead are enough where everything is here already.
             is_far = len(self._taken) >= 2 * len(self._store.index.shard_rows)
+            is_full = self._without_room is not None
             return not is_full and not is_far and len(self._later) < MOST_SKIPPED
 
     def _take(self) -> ShardUse | None:
         """The next use that is not over yet, counted as coming."""
         # A plan is worked out as it is read, which may take a while once an epoch: `reached`, which
         # a training loop calls, must not wait for it.
-        with self._reading:
-            use = next((use for use in self._coming if use.last_step >= self._step), None)
+        use = next((use for use in self._coming if use.last_step >= self._step), None)
         with self._changed:
             self._is_exhausted = use is None
             if use is not None and not self._stopped:

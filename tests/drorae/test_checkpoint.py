@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drorae import checkpoint
+from drorae import checkpoint, checkpoint_format
 from drorae.checkpoint import Snapshot, TrainingCheckpoints, load_weights, weights_bytes
 from drorae.failure import Fatal
 from drorae.store import atomic, files
@@ -120,9 +120,14 @@ def test_checkpoints_of_another_format_or_of_other_tensors_are_refused(tmp_path:
         make(tmp_path).restore(lambda: tensors() | {"w": torch.zeros(9)})
     with pytest.raises(Fatal, match=r"more has the shape None in the checkpoint"):
         make(tmp_path).restore(lambda: tensors() | {"more": torch.zeros(9)})
+    with pytest.raises(Fatal, match=r"w has the dtype torch.float32 in the .* and torch.float16"):
+        make(tmp_path).restore(lambda: tensors() | {"w": torch.zeros(8, 8, dtype=torch.half)})
     marker = tmp_path / "checkpoints" / "step-00000005.json"
     marker.write_text(marker.read_text().replace('"format":3', '"format":99'))
     with pytest.raises(Fatal, match="has format 99: expected 3"):
+        restored(make(tmp_path))
+    marker.write_text('{"step": 5, "size_bytes": 9, "sha256": "ab"}')
+    with pytest.raises(Fatal, match="has format 1 or 2: expected 3"):
         restored(make(tmp_path))
 
 
@@ -239,6 +244,26 @@ def test_a_write_is_tried_again_and_only_repeated_failures_stop_training(
     save(checkpoints, 20, 25)
     with pytest.raises(RuntimeError, match="last 2 training checkpoints could not be written"):
         start_save(checkpoints, 30)
+
+
+def test_a_tensor_is_written_slice_by_slice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, write = [], files._HashedWriter.write
+
+    def noting(writer: Any, data: Any) -> int:
+        sizes.append(memoryview(data).nbytes)
+        return write(writer, data)
+
+    monkeypatch.setattr(checkpoint_format, "WRITE_BYTES", 100)
+    monkeypatch.setattr(files._HashedWriter, "write", noting)
+    uri = str(tmp_path / "part")
+    copies = {"w": torch.arange(64.0)}
+    checkpoint_format.write_part(
+        uri, checkpoint_format.plan_layout(copies, lambda value: [value]).of_rank(0), copies
+    )
+    assert sizes == [100, 100, 56]
+    assert files.read_bytes(uri) == copies["w"].numpy().tobytes()
 
 
 def test_a_checkpoint_is_due_by_steps_and_by_time(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from drorae import checkpoint
 from drorae.checkpoint import TrainingCheckpoints
+from drorae.failure import Fatal
 from drorae.store import files
 
 pytestmark = pytest.mark.slow
@@ -107,6 +108,39 @@ def test_files_of_more_ranks_that_a_new_save_replaces_are_deleted(tmp_path: Path
     save(str(tmp_path), 5, False)
     assert not (tmp_path / "checkpoints" / "step-00000005.1.bin").exists()
     assert_restored(str(tmp_path), 5, False)
+
+
+def _refused(folder: str) -> None:
+    with pytest.raises(Fatal, match="has format 99: expected 3"):
+        make(folder).restore(lambda: cut(values(0), False))
+
+
+def test_a_checkpoint_that_rank_0_refuses_ends_every_rank_at_once(tmp_path: Path) -> None:
+    save(str(tmp_path), 5, False)
+    marker = tmp_path / "checkpoints" / "step-00000005.json"
+    marker.write_text(marker.read_text().replace('"format":3', '"format":99'))
+    start(2, _refused, str(tmp_path))
+
+
+def _late_on_rank_1(folder: str) -> None:
+    write, failures = files.write_with, [OSError("the store is away")]
+
+    def late(uri: str, save: Callable[..., None]) -> Any:
+        if distributed.get_rank() == 1 and failures:
+            raise failures.pop()
+        return write(uri, save)
+
+    checkpoint.RETRY_AFTER_S, files.write_with = (3.0,), late  # type: ignore[assignment]
+    checkpoints = make(folder)
+    checkpoints.timeout_s = 1.0
+    for step in (5, 10):
+        checkpoints.save(step, cut(values(step), False), {})
+    checkpoints.wait()
+    assert "step-00000005.json" in files.list_files(f"{folder}/checkpoints")
+
+
+def test_ranks_wait_for_one_that_tries_again(tmp_path: Path) -> None:
+    start(2, _late_on_rank_1, str(tmp_path))
 
 
 def _fail_on_rank_1(folder: str) -> None:

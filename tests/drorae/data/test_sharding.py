@@ -14,6 +14,7 @@ from drorae.data.decoding import ImageLimits, decode_image, decode_png, to_squar
 from drorae.data.shard_format import PICTURE_SCHEMA, parse_index
 from drorae.data.shard_map import run_in_process
 from drorae.data.sharding import ShardJob, run_shard
+from drorae.failure import Fatal
 from drorae.store import files
 
 
@@ -126,7 +127,7 @@ def test_shards_end_at_a_number_of_bytes(tmp_path: Path, monkeypatch):
     assert len(rows(output, "train")) == 10
 
 
-def test_a_source_that_changes_meanwhile_ends_the_stage(tmp_path: Path):
+def test_a_source_that_changes_meanwhile_ends_the_stage_and_is_checked_anew(tmp_path: Path):
     source = make_folder(tmp_path / "photos", per_class=3)
     other = encoded(pixels(999))
 
@@ -136,8 +137,9 @@ def test_a_source_that_changes_meanwhile_ends_the_stage(tmp_path: Path):
             yield name, result
 
     shard = job(source, pictures="source", val_fraction=0)
-    with pytest.raises(RuntimeError, match=r"cat/000\.png.* has changed since it was checked"):
+    with pytest.raises(Fatal, match=r"cat/000\.png.* has changed since it was checked"):
         run_shard(context(tmp_path), shard=shard, executor=changing)
+    run_shard(context(tmp_path), shard=shard, executor=run_in_process)
 
 
 def test_an_interrupted_run_continues_with_the_same_result(tmp_path: Path):

@@ -15,6 +15,7 @@ from drorae.data import store as store_module
 from drorae.data.latent_shards import LatentShards
 from drorae.data.order import ShardUse
 from drorae.data.shard_cache import ShardCache
+from drorae.store import files
 from drorae.store.workspace import StageOutput
 
 ROWS = (40, 40, 20)
@@ -98,18 +99,37 @@ def test_passed_shards_make_room_and_those_to_come_wait_for_it(local, tmp_path, 
     largest = max(entry.size_bytes for entry in output.manifest.files)
     cache = ShardCache(tmp_path / "cache", limit_bytes=int(1.5 * largest))
     monkeypatch.setattr(store_module, "RETRY_S", 0.02)
-    monkeypatch.setattr(store_module, "DOWNLOADS_AT_ONCE", 1)  # two would race for the only room
+    reserve, first = ShardCache._reserve, output.entry("train/part-00000.arrow")
+
+    def slow_for_the_first(cache, entry):
+        time.sleep(0.2 * (entry == first))
+        return reserve(cache, entry)
+
+    monkeypatch.setattr(ShardCache, "_reserve", slow_for_the_first)
     shards = LatentShards(output, cache=cache)
     shards.follow([ShardUse(0, 0, 3), ShardUse(1, 4, 7)])
     wait_until(lambda: len(bodies(cache)) == 1)
     time.sleep(0.2)
-    assert bodies(cache)[0].name == output.entry("train/part-00000.arrow").sha256
+    assert bodies(cache)[0].name == first.sha256
     shards.reached(4)
     second = cache.folder / output.entry("train/part-00001.arrow").sha256
     wait_until(second.is_file)
     assert cache.used_bytes() <= cache.limit_bytes
     shards.read(np.arange(40, 80))
     assert remote.fetched("part-00000.arrow") == remote.fetched("part-00001.arrow") == 1
+
+
+def test_two_shards_of_a_plan_are_fetched_at_the_same_time(local, tmp_path, monkeypatch):
+    output, _ = as_remote(local[0], monkeypatch)
+    both = threading.Barrier(2)
+
+    def fetch(uri, start, end):
+        both.wait(20)
+        return files.read_range(uri, start, end)
+
+    cache = ShardCache(tmp_path / "cache", fetch=fetch)
+    LatentShards(output, cache=cache).follow([ShardUse(0, 0, 3), ShardUse(1, 0, 3)])
+    wait_until(lambda: len(bodies(cache)) == 2)
 
 
 def test_what_an_ended_plan_brought_makes_room_for_other_processes(local, tmp_path, monkeypatch):
