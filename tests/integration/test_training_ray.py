@@ -30,7 +30,7 @@ pytestmark = [
 # Workers do not see the test folder.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 400.0
 
 
 def train(ctx: StageContext, world: World, *, folder: str, fault: str) -> StageResult:
