@@ -119,12 +119,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def whole_on_main(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """Full tensors on rank 0, on the host, gathered one by one; the others get nothing."""
+    """Full tensors on rank 0, sharded ones gathered one by one on the host; others get nothing."""
     found = {}
     for name, value in tensors.items():
         full = whole(value.detach())
         if world.is_main:
-            found[name] = full.cpu()
+            found[name] = full.cpu() if isinstance(value, DTensor) else full
     return found
 
 

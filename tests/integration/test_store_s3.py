@@ -275,7 +275,8 @@ def test_two_processes_that_race_build_once(s3_uri, tmp_path):
     (how_a, content_a), (how_b, content_b) = (
         json.loads((tmp_path / name).read_text()) for name in ("a", "b")
     )
-    assert sorted([how_a, how_b]) == ["built", "waited"]
+    # The slower one reuses what it did not have to wait for.
+    assert sorted([how_a, how_b]) in (["built", "waited"], ["built", "reused"])
     assert content_a == content_b
 
 

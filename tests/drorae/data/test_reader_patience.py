@@ -40,7 +40,7 @@ class Store:
         inside = [key for key in inside if key.startswith(Prefix)]
         if Delimiter:
             return {"CommonPrefixes": [{"Prefix": f"{Prefix}cat/"}]}
-        return {"Contents": [{"Key": key, "Size": 0} for key in inside]}
+        return {"Contents": [{"Key": key, "Size": 0, "ETag": "e"} for key in inside]}
 
     def cat_file(self, path: str, start: int = 0, end: int | None = None) -> bytes:
         self.request()
