@@ -51,8 +51,22 @@ class ShardJob:
     """Files of equal content: keep the first only, or all, as published ImageNet protocols do."""
     image_column: str = "image"
     """Image column of Parquet sources."""
-    label_column: str = "label"
-    """Label column of Parquet sources."""
+    label_column: str | None = "label"
+    """Label column of Parquet sources and of metadata files; null: the images have no labels."""
+    image_key: str | None = None
+    """Extension of a webdataset sample that is its image (`jpg`, `rgb.png`); null: the only one
+    that is an image."""
+    label_key: str | None = None
+    """Extension (`cls`) or JSON field of a webdataset sample that is its label; null: `cls`, or one
+    of the fields label, cls, class, class_name of `json`."""
+    classes_from: Literal["auto", "folders", "archives", "none"] = "auto"
+    """What names the class of images beside which no label stands: their first folder, or the
+    archive that holds them (one archive per class). `auto` chooses and reports what it chose."""
+    label_file: str | None = None
+    """Labels of images that lie flat: lines `NAME LABEL`, or a CSV file with a header. A label is a
+    class name, or the number of a class in sorted order from 0."""
+    val_label_file: str | None = None
+    """The same for `val_source`; ImageNet's own validation images need it."""
     seed: int = 0
     """Seed of the order, the split and the choice under a cap."""
 

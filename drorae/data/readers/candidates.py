@@ -7,6 +7,7 @@ repeat are stored once. A `Candidate` is one row of it, made where the image is 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from posixpath import splitext
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -63,6 +64,36 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Note:
+    """What a reader decided about a source, in one sentence that a user can check."""
+
+    text: str
+    """For example: "classes are the folders: 1000"; a doubtful one ends in the setting that would
+    change it."""
+    is_doubtful: bool = False
+    """Whether the source could be meant otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadRule:
+    """How images, labels and splits are found in a source; fields as in `ShardJob`."""
+
+    image_column: str = "image"
+    """Image column of Parquet files."""
+    label_column: str | None = "label"
+    """Label column of Parquet files and of metadata files; None: images have no labels."""
+    image_key: str | None = None
+    """Extension of a webdataset sample that is its image; None: the only one that is an image."""
+    label_key: str | None = None
+    """Extension (`cls`) or JSON field of a webdataset sample that is its label; None: the known
+    ones."""
+    classes_from: Literal["auto", "folders", "archives", "none"] = "auto"
+    """What names the class where no label is stated."""
+    label_file: str | None = None
+    """A file of labels for images that lie flat; None: there is none."""
+
+
+@dataclass(frozen=True, slots=True)
 class Listing:
     """All candidates of a source, sorted by key, with what could not even be listed.
 
@@ -75,6 +106,11 @@ class Listing:
     """(key, reason)."""
     class_names: tuple[str, ...] = ()
     """Known class names in label order when the source states them; else empty."""
+    notes: tuple[Note, ...] = ()
+    """What was decided, in the order of the decisions."""
+    has_stated_labels: bool = False
+    """Whether labels stand beside the images (columns, label members, metadata), so that folders
+    are no classes."""
 
     def __len__(self) -> int:
         return self.table.num_rows
