@@ -19,7 +19,7 @@ STATE = REPOSITORY / ".drorae" / "services"
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "DRORAE_"))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "DRORAE_", "COVERAGE_"))}
     tests = REPOSITORY / "tests"
     paths = [tests / "integration" / "fake_site", REPOSITORY, tests / "pipelines"]
     return kept | {
