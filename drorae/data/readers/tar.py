@@ -12,6 +12,7 @@ from typing import Any
 from drorae.data.readers.candidates import (
     Candidate,
     Listing,
+    ReadRule,
     Record,
     first_folder,
     is_image_name,
@@ -28,12 +29,13 @@ READ_AHEAD_BYTES = 8 << 20
 """Headers lie between the images: listing reads an archive from start to end."""
 
 
-def list_tar(uri: str, name: str) -> Listing:
+def list_tar(uri: str, name: str, rule: ReadRule) -> Listing:
     """List the images of one tar file.
 
     Args:
         uri: The tar file.
         name: Its name inside the source; keys start with it.
+        rule: Where images and labels are.
     """
     images: list[tuple[str, int, int]] = []
     labels: dict[str, str] = {}
