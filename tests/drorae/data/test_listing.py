@@ -37,9 +37,10 @@ def test_validation_classes_that_training_does_not_know_are_an_error(tmp_path: P
         ValueError, match=r"no training image has: 1 \(a\); training has 2 \(b, c\)"
     ):
         list_images(job(train, val_source=str(val)))
+    names = [f"train/{name}/1.png" for name in "bc"] + [f"val/{name}/2.png" for name in "ab"]
+    tree = write(tmp_path / "one", *names)
     with pytest.raises(ValueError, match=r"no training image has: 1 \(a\)"):
-        names = [f"train/{name}/1.png" for name in "bc"] + [f"val/{name}/2.png" for name in "ab"]
-        list_images(job(write(tmp_path / "one", *names)))
+        list_images(job(tree))
 
 
 def test_flat_validation_images_are_unlabelled_and_move_no_label(tmp_path: Path) -> None:
