@@ -88,6 +88,11 @@ def _opened(file: Any) -> pq.ParquetFile:
     return pq.ParquetFile(file, buffer_size=BUFFER_BYTES, page_checksum_verification=True)
 
 
+def _base(uri: str) -> str:
+    """Name of a file without the place, which differs between machines."""
+    return printable(uri.rpartition("/")[2])
+
+
 def _column_problem(uri: str, schema: pa.Schema, rule: ReadRule) -> str:
     """What is wrong with the names of columns; empty if nothing is."""
     columns = [printable(name) for name in schema.names]
@@ -139,7 +144,7 @@ def _labels(
         if not is_damage(error, uri):
             raise
         reason = f"has labels that cannot be read: {reason_of(error)}"
-    reason = f"row group {group} of {printable(uri)} {reason}"
+    reason = f"row group {group} of {_base(uri)} {reason}"
     return Labels([""] * num_rows, dict.fromkeys(range(num_rows), reason))
 
 
@@ -179,7 +184,7 @@ def read_parquet(candidates: Sequence[Candidate]) -> Iterator[Record]:
         RuntimeError: An object store refused or did not answer.
     """
     for container, rows in group_by_container(candidates):
-        yield from _until_damage(container, rows, "file", _read_file(container, rows))
+        yield from _until_damage(container, rows, "rows", _read_file(container, rows))
 
 
 def _until_damage(
@@ -197,7 +202,7 @@ def _until_damage(
             raise
         reason = reason_of(error)
     yield from (
-        Record(row, None, f"cannot be read: {what} of {printable(container)}: {reason}")
+        Record(row, None, f"cannot be read: {what} of {_base(container)}: {reason}")
         for row in rows[num_read:]
     )
 
