@@ -23,6 +23,9 @@ LABEL_EXTENSIONS = ("cls", "json")
 """Members that may give the class of an image, the first one does."""
 
 
+NO_IMAGE = "not an image by its name; shard.image_key names the extension of images"
+
+
 @dataclass(frozen=True, slots=True)
 class Label:
     """A stated label."""
@@ -45,6 +48,8 @@ class Picked:
     """Members that look like images but are others of a sample, by extension."""
     num_doubtful: Counter[str] = field(default_factory=Counter)
     """How often something was guessed, by what."""
+    label_extensions: set[str] = field(default_factory=set)
+    """Last parts of the names of members that state labels."""
     has_stated_labels: bool = False
     """Whether any label stands beside an image."""
 
@@ -116,12 +121,13 @@ def _first_stated(values: Sequence[Any]) -> Label | None:
 
 
 def pick_images(
-    images: Sequence[str], labels: Mapping[str, Label], rule: ReadRule
+    images: Sequence[str], unknown: Sequence[str], labels: Mapping[str, Label], rule: ReadRule
 ) -> tuple[Picked, list[Note]]:
     """Choose the image of each sample.
 
     Args:
         images: Names of all members that look like images, in the order of the archive.
+        unknown: Names of members that may be images, of which their names say nothing.
         labels: Label by the name of the member that states it.
         rule: Its keys of image and label.
 
@@ -129,16 +135,31 @@ def pick_images(
         The images, and notes of what was decided. Every image is a row, a reject or left out.
     """
     stated = _by_extension(labels)
-    used = {name for image in images for name in _label_names(image, stated, rule)}
-    is_stated = any(stated[name].text or stated[name].reason for name in used)
-    picked = Picked(has_stated_labels=is_stated or rule.label_key is not None)
+    unused = set(stated)
+    picked = Picked(has_stated_labels=rule.label_key is not None)
+    for image in images:
+        names = _label_names(image, stated, rule)
+        unused.difference_update(names)
+        if names and (stated[names[0]].text or stated[names[0]].reason):
+            picked.has_stated_labels = True
+            picked.label_extensions.add(names[0].rpartition(".")[2])
     if not picked.has_stated_labels and rule.image_key is None:
-        picked.rows = [(name, "") for name in images]
+        picked.rows = [(name, "") for name in (*images, *unknown)]
     else:
+        _leave_out(unknown, {_sample(name) for name in images} if unknown else set(), picked)
         for _, members in groupby(sorted(images, key=_sample), key=_sample):
             for name in _images_of_sample(list(members), stated, rule, picked):
                 _add_row(name, _label_names(name, stated, rule), stated, picked)
-    return picked, list(_notes(images, stated, used, picked, rule))
+    return picked, list(_notes(images, stated, unused, picked, rule))
+
+
+def _leave_out(unknown: Sequence[str], samples: set[str], picked: Picked) -> None:
+    """What is no image for sure is a part of the sample of an image, or a reject."""
+    for name in unknown:
+        if _sample(name) in samples:
+            picked.left_out[split_name(name)[1]] += 1
+        else:
+            picked.rejects.append((name, NO_IMAGE))
 
 
 def _sample(name: str) -> str:
@@ -154,6 +175,7 @@ def _by_extension(labels: Mapping[str, Label]) -> dict[str, Label]:
     result: dict[str, Label] = {}
     for name, label in labels.items():
         key = ".".join(split_name(name))
+        key = name if key == name else key  # one text, not two equal ones
         before = result.setdefault(key, label)
         if before != label:
             result[key] = Label("", f"two members {key} that differ")
@@ -227,12 +249,12 @@ def _add_row(
 def _notes(
     images: Sequence[str],
     labels: Mapping[str, Label],
-    used: set[str],
+    unused: set[str],
     picked: Picked,
     rule: ReadRule,
 ) -> Iterator[Note]:
     if picked.has_stated_labels:
-        yield _note_of_labels(used, labels, rule)
+        yield _note_of_labels(picked, rule)
     elif labels:
         yield Note(
             f"{len(labels)} members .cls or .json state no label of an image: shard.label_key "
@@ -244,7 +266,7 @@ def _notes(
     for kind, count in sorted(picked.num_doubtful.items()):
         if count:
             yield Note(f"{count} {DOUBTS[kind]}", is_doubtful=True)
-    if picked.has_stated_labels and (unused := labels.keys() - used):
+    if picked.has_stated_labels and unused:
         text = f"{len(unused)} labels have no image beside them, such as {min(unused)}"
         yield Note(printable(text), is_doubtful=True)
     if not picked.has_stated_labels and rule.image_key is None:
@@ -260,9 +282,8 @@ DOUBTS = {
 """What is guessed, by the name under which it is counted."""
 
 
-def _note_of_labels(used: set[str], labels: Mapping[str, Label], rule: ReadRule) -> Note:
-    stated = (name for name in used if labels[name].text)
-    extensions = sorted({f".{name.rpartition('.')[2]}" for name in stated})
+def _note_of_labels(picked: Picked, rule: ReadRule) -> Note:
+    extensions = sorted(f".{extension}" for extension in picked.label_extensions)
     if not extensions:
         return Note(
             f"no label is stated by .{', .'.join(_label_extensions(rule))} beside the images: "

@@ -3,7 +3,9 @@ import random
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from data_fakes import encoded, job, pixels, shard_output
 from reader_fakes import (
     add,
     check_damage,
@@ -88,8 +90,9 @@ def test_an_image_without_a_label_among_others_has_no_class_and_no_folder(tmp_pa
 
 
 def test_an_archive_without_labels_states_none(tmp_path: Path):
-    listing = listed(tmp_path, {"cat/1.jpg": b"1", "dog/photo.v1.jpg": b"2", "notes.txt": b""})
-    assert labels_of(listing) == {"1.jpg": "", "photo.v1.jpg": ""}
+    members = {"cat/1.jpg": b"1", "dog/photo.v1.jpg": b"2", "cat/nosuffix": b"3", "notes.txt": b""}
+    listing = listed(tmp_path, members)
+    assert labels_of(listing) == {"1.jpg": "", "photo.v1.jpg": "", "nosuffix": ""}
     assert not listing.has_stated_labels
     assert not listing.notes
 
@@ -111,6 +114,16 @@ def test_a_mask_beside_an_image_is_counted_and_is_no_image(tmp_path: Path):
     listing = listed(tmp_path, members)
     assert labels_of(listing) == {f"{n}.jpg": str(n) for n in range(4)}
     assert "4 members .mask.png beside the image of their sample are no images" in texts_of(listing)
+
+
+def test_members_of_unknown_kind_are_parts_of_samples_or_rejects(tmp_path: Path):
+    members = {"1.jpg": b"J", "1.cls": b"1", "1.depth": b"D", "2.picture": b"P", "2.cls": b"2"}
+    listing = listed(tmp_path, members)
+    assert labels_of(listing) == {"1.jpg": "1"}
+    assert "1 members .depth beside the image of their sample are no images" in texts_of(listing)
+    reason = "not an image by its name; shard.image_key names the extension of images"
+    assert reasons(listing) == {"2.picture": reason}
+    assert labels_of(listed(tmp_path, members, image_key="picture")) == {"2.picture": "2"}
 
 
 def test_the_image_key_names_the_image(tmp_path: Path):
@@ -279,6 +292,24 @@ def old_gnu_sparse(name: str, pieces: list[tuple[int, int]], size: int, stored: 
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return bytes(header) + stored.ljust(-len(stored) // 512 * -512, b"\0")
+
+
+def test_shards_hold_sparse_pictures_whole(tmp_path: Path):
+    pictures = []
+    with tarfile.open(tmp_path / NAME, "w") as archive:
+        for number in range(4):
+            picture = pixels(number)
+            picture[5:12] = 0
+            content = encoded(picture, "BMP")
+            start = content.index(b"\0" * 300)
+            stored = content[:start] + content[start + 300 :]
+            pieces = [(0, start), (start + 300, len(content) - start - 300)]
+            archive.fileobj.write(old_gnu_sparse(f"{number}.bmp", pieces, len(content), stored))
+            pictures.append(content)
+        archive.offset = archive.fileobj.tell()
+    output = shard_output(tmp_path / "out", job(tmp_path / NAME, pictures="source"))
+    tables = [pa.ipc.open_file(path).read_all() for path in Path(output.uri).glob("*/part-*.arrow")]
+    assert sorted(pa.concat_tables(tables)["image"].to_pylist()) == sorted(pictures)
 
 
 def test_what_is_no_file_is_rejected_by_name(tmp_path: Path):

@@ -52,12 +52,18 @@ def test_images_are_rows_and_hidden_ones_are_counted(tmp_path: Path):
         "./top//dog/2.JPG": b"2",
         "__MACOSX/top/cat/1.png": b"x",
         "top/.cache/1.png": b"x",
-        "readme.txt": b"x",
+        "top/cat/nosuffix": b"3",
+        "top/cat/1.txt": b"x",
     }
-    listing = listed(tmp_path, members)
-    assert contents_of(listing) == {"set.zip/top/cat/1.png": b"1", "set.zip/top/dog/2.JPG": b"2"}
+    listing = listed(tmp_path, members | {"readme.md": b"x"})
+    assert contents_of(listing) == {
+        "set.zip/top/cat/1.png": b"1",
+        "set.zip/top/dog/2.JPG": b"2",
+        "set.zip/top/cat/nosuffix": b"3",
+    }
+    assert "files beside images are no images: 1 .txt" in texts_of(listing)
+    assert reasons(listing) == {"readme.md": "not an image by its name"}
     assert "2 hidden images are left out" in texts_of(listing)
-    assert not listing.rejects
     assert not listing.has_stated_labels
 
 
@@ -190,6 +196,16 @@ def test_a_damaged_directory_is_one_reject(tmp_path: Path):
     assert "it states 3 members and lists 2" in reasons(listing)[NAME]
     path.unlink()
     assert "No such file" in reasons(listing_of(path))[NAME]
+
+
+def test_a_member_without_a_name_is_a_reject(tmp_path: Path):
+    data = bytearray(write_zip(tmp_path / NAME, {"1": b"1", "2.png": b"2"}).read_bytes())
+    entry = data.index(b"PK\x01\x02")
+    data[entry + 28], data[entry + 30] = 0, 1  # its name is taken for its extra field
+    (tmp_path / NAME).write_bytes(bytes(data))
+    listing = listing_of(tmp_path / NAME)
+    assert contents_of(listing) == {"set.zip/2.png": b"2"}
+    assert reasons(listing) == {"": "a member without a name"}
 
 
 def test_a_zip_that_vanished_gives_errors(tmp_path: Path):
