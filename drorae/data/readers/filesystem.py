@@ -20,6 +20,9 @@ from drorae.store.patience import patiently
 LISTING_THREADS = 16
 """Folders or containers listed at the same time; listing waits for the store, not for a CPU."""
 
+VERSION_SIGN = "?versionId="
+"""What s3fs takes for the version of an object, though a name may hold it."""
+
 ListingProgress = Callable[[int, int], None]
 """Called with (folders or containers listed, in all)."""
 
@@ -70,6 +73,8 @@ def read_content(uri: str, start: int = 0, end: int | None = None) -> bytes:
         OSError: It cannot be read.
         RuntimeError: The object store refused or did not answer.
     """
+    if is_s3(uri) and VERSION_SIGN in uri:
+        return s3.get_with_etag(uri)[0][start:end]
     if is_remote(uri):
         file_system, path = _remote(uri)
         limits = {} if end is None else {"start": start, "end": end}
@@ -102,6 +107,20 @@ def check_exists(uri: str) -> None:
             f"source {uri!r} does not exist: expected a folder, .tar, .zip or .parquet file, "
             "s3:// place or asset:NAME. Correct shard.source."
         )
+
+
+def is_folder(uri: str) -> bool:
+    """Whether a local path is a folder, or objects lie below a remote one: a request.
+
+    Raises:
+        RuntimeError: The object store refused or did not answer.
+    """
+    if not is_remote(uri):
+        return os.path.isdir(uri)
+    if is_s3(uri):
+        return any(page.objects for page in s3.list_pages(f"{uri.rstrip('/')}/"))
+    file_system, path = _remote(uri)
+    return file_system.isdir(path)
 
 
 def walk(
@@ -185,7 +204,7 @@ def _walk_remote(uri: str, on_progress: ListingProgress) -> list[str]:
     else:
         file_system, root = _remote(uri)
         root = root.rstrip("/")
-        names = [path[len(root) :].lstrip("/") for path in file_system.find(root)]
+        names = [path[len(root) + 1 :] for path in file_system.find(root)]
     names = [name for name in names if name and not name.endswith("/")]
     if not names:
         raise FileNotFoundError(
