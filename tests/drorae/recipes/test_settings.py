@@ -24,8 +24,8 @@ def refusal(path: str, value: str) -> str:
 
 
 def test_a_setting_takes_a_value_or_says_which_it_is() -> None:
-    for number, path in enumerate(PATHS):  # a third of the values each, in turn
-        for value in VALUES[number % 3 :: 3]:
+    for number, path in enumerate(PATHS):  # an eighth of the values each, in turn
+        for value in VALUES[number % 8 :: 8]:
             reason = refusal(path, value)
             assert not reason or path.rsplit(".", 1)[-1] in reason, (path, value)
             assert "\n" not in reason, (path, value)
