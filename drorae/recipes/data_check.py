@@ -6,19 +6,31 @@ with classes and shards, not with images.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from drorae.recipes.full import FullJob
-from drorae.store.workspace import StageOutput
 
-__all__ = ["check_classes", "check_evaluation", "check_validation"]
+__all__ = ["Counted", "check_classes", "check_evaluation", "check_validation"]
 
 UNLABELLED = ["all"]
 """Classes of a source that states none (drorae.data.readers.candidates)."""
 MAX_NAMES = 5
 
 
-def check_classes(full: FullJob, shards: StageOutput | None, stage: str) -> None:
+class Counted(Protocol):
+    """Counts of images: the output of stage `shard`, or a source that was only listed."""
+
+    @property
+    def uri(self) -> str:
+        """Where it lies."""
+        ...
+
+    def read_json(self, name: str) -> Any:
+        """Content of `counts.json`."""
+        ...
+
+
+def check_classes(full: FullJob, shards: Counted | None, stage: str) -> None:
     """Check that a generator has a row for every class, and an image for every row.
 
     One class too many would take the null class's row, and a class without an image would be
@@ -53,7 +65,7 @@ def check_classes(full: FullJob, shards: StageOutput | None, stage: str) -> None
         )
 
 
-def check_validation(full: FullJob, shards: StageOutput | None, stage: str) -> None:
+def check_validation(full: FullJob, shards: Counted | None, stage: str) -> None:
     """Check that there are held-out images, on which every tokenizer phase is measured.
 
     Args:
@@ -74,7 +86,7 @@ def check_validation(full: FullJob, shards: StageOutput | None, stage: str) -> N
     )
 
 
-def check_evaluation(full: FullJob, shards: StageOutput | None, stage: str) -> None:
+def check_evaluation(full: FullJob, shards: Counted | None, stage: str) -> None:
     """Check that there are as many held-out images as `evaluate` is to measure.
 
     Args:
