@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from drorae.data.readers.candidates import (
     Candidate,
     Listing,
+    ReadRule,
     Record,
     group_by_container,
     joined,
@@ -30,18 +31,18 @@ BUFFER_BYTES = 4 << 20
 """Bytes of a column that one request reads."""
 
 
-def list_parquet(uri: str, name: str, image_column: str, label_column: str) -> Listing:
+def list_parquet(uri: str, name: str, rule: ReadRule) -> Listing:
     """List the rows of one Parquet file.
 
     Args:
         uri: The Parquet file.
         name: Its name inside the source; keys start with it.
-        image_column: Column of encoded images.
-        label_column: Column of class names or numbers; may be absent.
+        rule: Column of encoded images, and column of class names or numbers.
 
     Raises:
         ValueError: The image column is missing; the columns that exist are named.
     """
+    image_column, label_column = rule.image_column, rule.label_column or ""
     with open_file(uri) as file:
         try:
             parquet = pq.ParquetFile(file)

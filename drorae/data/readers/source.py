@@ -12,6 +12,7 @@ from drorae.data.readers.candidates import (
     UNLABELLED,
     Candidate,
     Listing,
+    ReadRule,
     Record,
     is_image_name,
     joined,
@@ -65,7 +66,8 @@ def list_source(
         FileNotFoundError: The source does not exist.
         ValueError: Nothing in it looks like an image.
     """
-    listing = _list_any(uri, image_column, label_column, on_progress)
+    rule = ReadRule(image_column=image_column, label_column=label_column)
+    listing = _list_any(uri, rule, on_progress)
     if not len(listing):
         reasons = "; ".join(f"{key}: {reason}" for key, reason in listing.rejects[:5])
         raise ValueError(
@@ -97,13 +99,11 @@ def read_records(candidates: Sequence[Candidate]) -> Iterator[Record]:
             start = stop
 
 
-def _list_any(
-    uri: str, image_column: str, label_column: str, on_progress: ListingProgress
-) -> Listing:
+def _list_any(uri: str, rule: ReadRule, on_progress: ListingProgress) -> Listing:
     def list_containers(root: str, uris: Sequence[str]) -> Listing:
         def list_one(container: str) -> Listing:
             name = container[len(root) :].lstrip("/")
-            return _list_container(container, name, image_column, label_column)
+            return _list_container(container, name, rule)
 
         return _list_each(uris, list_one, on_progress)
 
@@ -125,13 +125,13 @@ def _container_suffix(name: str) -> str:
     return next((suffix for suffix in suffixes if name.lower().endswith(suffix)), "")
 
 
-def _list_container(uri: str, name: str, image_column: str, label_column: str) -> Listing:
+def _list_container(uri: str, name: str, rule: ReadRule) -> Listing:
     suffix = _container_suffix(uri)
     if suffix == ".zip":
-        return list_zip(uri, name)
+        return list_zip(uri, name, rule)
     if suffix == ".parquet":
-        return list_parquet(uri, name, image_column, label_column)
-    return list_tar(uri, name)
+        return list_parquet(uri, name, rule)
+    return list_tar(uri, name, rule)
 
 
 def _list_each(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from drorae.data.readers.candidates import (
     Candidate,
     Listing,
+    ReadRule,
     Record,
     is_image_name,
     joined,
@@ -50,12 +51,13 @@ class BadMember(Exception):
     """A member that cannot be read; the text is the reason."""
 
 
-def list_zip(uri: str, name: str) -> Listing:
+def list_zip(uri: str, name: str, rule: ReadRule) -> Listing:
     """List the images of one zip file; one common top folder around the class folders is ignored.
 
     Args:
         uri: The zip file.
         name: Its name inside the source; keys start with it.
+        rule: Where labels are.
     """
     with open_file(uri, READ_AHEAD_BYTES) as file:
         try:
