@@ -1,0 +1,189 @@
+"""`drorae inspect`: exit codes, text, JSON, the sheet, remote places, fit to a recipe."""
+
+import json
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines import cli
+
+
+@pytest.fixture(autouse=True)
+def _width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def picture(path: Path, seed: int = 0, side_px: int = 32) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (side_px, side_px, 3)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three classes with 3, 4 and 5 images."""
+    for label, name in enumerate(("cat", "dog", "eel")):
+        for number in range(3 + label):
+            picture(tmp_path / "photos" / name / f"{number}.png", 10 * label + number)
+    return tmp_path / "photos"
+
+
+def inspect(*words: object) -> int:
+    return cli.main(["inspect", *map(str, words)])
+
+
+def inspect_json(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
+    assert inspect(*words, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_text_fits_a_terminal_and_says_what_is_there(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inspect(photos, "--set", "shard.resolution_px=64", "--set", "val_fraction=0.4") == 2
+    assert "no configuration path" in capsys.readouterr().err
+    assert inspect(photos, "--set", "shard.resolution_px=64") == 0
+    captured = capsys.readouterr()
+    assert max(len(line) for line in captured.out.splitlines()) <= 100
+    assert captured.err == ""
+    for text in (
+        "images   12",
+        "1 image folder (12 images)",
+        "shard.val_fraction=0.02, by hash",
+        "    2  eel",
+        "PNG 12",
+        "12 with a side below shard.resolution_px=64",
+        "! shard.val_fraction=0.02 of 12 images leaves no validation image",
+    ):
+        assert text in captured.out
+
+
+def test_json_has_all_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for label in range(30):
+        picture(tmp_path / "many" / f"class{label:02d}" / "a.png", label)
+    found = inspect_json(capsys, tmp_path / "many", "--images", 7)
+    assert found["class_names"] == [f"class{label:02d}" for label in range(30)]
+    assert sum(found["splits"][0]["class_rows"]) + sum(found["splits"][1]["class_rows"]) == 30
+    assert found["sample"]["images"] == 7
+    assert inspect(tmp_path / "many") == 0
+    out = capsys.readouterr().out
+    assert "21 more (all with --json)" in out
+    assert "class05" in out
+    assert "class06" not in out
+    assert "class27" in out
+
+
+def test_only_a_named_sheet_is_written(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    place = tmp_path / "empty"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    assert inspect(photos) == 0
+    assert list(place.iterdir()) == []
+    capsys.readouterr()
+    assert inspect(photos, "--sheet", "sheet.png") == 0
+    assert "contact sheet: sheet.png" in capsys.readouterr().out
+    with Image.open(place / "sheet.png") as sheet:
+        assert sheet.format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["/no/such/folder"], "source '/no/such/folder' does not exist"),
+        ([], "no source is given"),
+        (["memory://nothing-here"], "does not exist or is empty"),
+        (["nope://bucket/folder"], "nope"),
+        (["asset:nope"], "unknown"),
+        ([".", "--recipe", "nope"], "is no recipe"),
+        ([".", "--sheet", "/no/a.png"], "--sheet /no/a.png cannot be written"),
+        ([".", "--val-source", "/no/val", "--set", "shard.crop=left"], "shard.crop"),
+    ],
+)
+def test_a_users_error_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert inspect(*words) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("drorae: error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_no_image_at_all_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("no picture")
+    assert inspect(tmp_path / "texts") == 2
+    assert "holds no image" in capsys.readouterr().err
+
+
+def test_val_source_is_the_validation_split(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cat", "dog", "eel"):
+        picture(tmp_path / "held" / name / "a.png", 99)
+    found = inspect_json(capsys, photos, "--val-source", tmp_path / "held")
+    assert [split["images"] for split in found["splits"]] == [12, 3]
+    assert found["split_by"] == "shard.val_source"
+    assert found["val_source"] == str(tmp_path / "held")
+
+
+def test_a_recipe_says_whether_the_data_fit_it(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (photos, "--recipe", "smoke", "--set", "shard.val_fraction=0.5")
+    found = inspect_json(capsys, *words)
+    (classes, evaluated) = found["problems"][-2:]
+    assert "3 classes (cat, dog, eel), but diffusion.model.num_classes=10" in classes
+    assert "evaluate.num_val_images" in evaluated
+    assert inspect(*words) == 0
+    assert "recipe smoke: does not fit" in capsys.readouterr().out
+    fitting = ("diffusion.model.num_classes=3", "guide.model.num_classes=3")
+    sets = [word for text in (*fitting, "evaluate.num_val_images=2") for word in ("--set", text)]
+    assert inspect_json(capsys, *words, *sets)["problems"] == []
+
+
+def test_a_cap_that_leaves_classes_out_is_a_problem_of_the_recipe(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ("shard.val_fraction=0.5", "shard.max_train_images=1", "diffusion.model.num_classes=3")
+    words = [word for text in sets for word in ("--set", text)]
+    problems = inspect_json(capsys, photos, "--recipe", "smoke", *words)["problems"]
+    assert any("2 of 3 classes have no training image" in problem for problem in problems)
+
+
+def test_the_source_of_a_recipe_is_inspected(capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect("--recipe", "smoke", "--set", "shard.source=/no/such/place") == 2
+    assert "'/no/such/place' does not exist" in capsys.readouterr().err
+
+
+def test_remote_places_are_listed_and_sampled(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(photos), "/inspected", recursive=True)
+    try:
+        here = inspect_json(capsys, photos)
+        there = inspect_json(capsys, "memory://inspected")
+    finally:
+        memory.rm("/inspected", recursive=True)
+    for name in ("class_names", "splits", "sample", "images"):
+        assert there[name] == here[name]
+
+
+def test_names_cannot_command_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(tmp_path / "odd" / "\x1b[31mred[bold]" / "a\nb.png")
+    (tmp_path / "odd" / "\x1b[31mred[bold]" / "\x07.png").write_bytes(b"")
+    assert inspect(tmp_path / "odd") == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert r"\x1b[31mred[bold]" in out
