@@ -291,5 +291,6 @@ def list_images(job, on_progress):  # TEMPORARY
     from types import SimpleNamespace
 
     from drorae.data.sharding import _list
+    from drorae.data.readers.source import list_source
 
-    return _list(SimpleNamespace(progress=lambda d, t, *a, **k: on_progress(d, t)), job)
+    return list_source(job.source, on_progress=on_progress)

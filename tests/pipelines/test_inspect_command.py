@@ -1,11 +1,17 @@
 """`drorae inspect`: exit codes, text, JSON, the sheet, remote places, fit to a recipe."""
 
+import io
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from fsspec.spec import AbstractFileSystem
 from PIL import Image
 
 from pipelines import cli
@@ -175,6 +181,77 @@ def test_remote_places_are_listed_and_sampled(
         memory.rm("/inspected", recursive=True)
     for name in ("class_names", "splits", "sample", "images"):
         assert there[name] == here[name]
+
+
+class Hub(AbstractFileSystem):
+    """A stand-in for the Hub: paths begin without a slash, as those of `HfFileSystem`."""
+
+    protocol = "hf"
+    cachable = False
+    content: ClassVar[dict[str, bytes]] = {}
+
+    def ls(self, path: str, detail: bool = True, **_: object) -> list:
+        path = self._strip_protocol(path)
+        inside = [name.removeprefix(f"{path}/") for name in self.content if name.startswith(path)]
+        if not inside:
+            raise FileNotFoundError(path)
+        children = sorted({name.partition("/")[0] for name in inside})
+        names = [path] if path in self.content else [f"{path}/{child}" for child in children]
+        return [self._entry(name) for name in names] if detail else names
+
+    def _entry(self, name: str) -> dict:
+        is_file = name in self.content
+        size = len(self.content[name]) if is_file else 0
+        return {"name": name, "size": size, "type": "file" if is_file else "directory"}
+
+    def _open(self, path: str, mode: str = "rb", **_: object) -> io.BytesIO:
+        return io.BytesIO(self.content[path])
+
+
+class DeadHub(Hub):
+    """One that answers with an error of its own."""
+
+    def ls(self, path: str, detail: bool = True, **_: object) -> list:
+        raise NameError("no route to the hub")
+
+
+@pytest.fixture
+def hub() -> Iterator[Callable[[type[Hub]], None]]:
+    """Puts a stand-in where hf:// is read from."""
+    real = fsspec.get_filesystem_class("hf")
+    yield lambda stand_in: fsspec.register_implementation("hf", stand_in, clobber=True)
+    fsspec.register_implementation("hf", real, clobber=True)
+
+
+def test_parquet_of_the_hub_is_inspected(
+    photos: Path, hub: Callable[[type[Hub]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub(Hub)
+    for split, count in (("train", 8), ("test", 4)):
+        images = [{"bytes": path.read_bytes()} for path in sorted(photos.rglob("*.png"))[:count]]
+        table = pa.table({"image": images, "label": [number % 2 for number in range(count)]})
+        sink = io.BytesIO()
+        pq.write_table(table, sink)
+        Hub.content[f"datasets/some/one/data/{split}-00000-of-00001.parquet"] = sink.getvalue()
+    Hub.content["datasets/some/one/README.md"] = b"text"
+    found = inspect_json(capsys, "hf://datasets/some/one", "--sheet", photos / "sheet.png")
+    assert found["class_names"] == ["0", "1"]
+    assert [split["images"] for split in found["splits"]] == [8, 4]
+    assert found["split_by"] == "the source"
+    assert found["sample"]["formats"] == {"PNG": 12}
+    assert found["reject_reasons"] == {"not an image by its name": 1}
+    assert (photos / "sheet.png").exists()
+
+
+def test_a_store_that_does_not_answer_is_one_line(
+    hub: Callable[[type[Hub]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub(DeadHub)
+    assert inspect("hf://datasets/some/one") == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "no route to the hub" in captured.err
+    assert "HF_TOKEN" in captured.err
 
 
 def test_names_cannot_command_the_terminal(
