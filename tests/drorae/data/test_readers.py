@@ -1,7 +1,6 @@
 import io
 import json
 import tarfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -132,35 +131,6 @@ def test_folder_of_tar_files_is_one_source(tmp_path: Path):
         write_tar(tmp_path / f"{name}.tar", {"./cat/1.png": encoded(pixels(0))})
     assert keys(tmp_path) == ["a.tar/cat/1.png", "b.tar/cat/1.png"]
     assert list_source(str(tmp_path)).class_names == ("cat",)
-
-
-def test_zip_inside_one_top_folder(tmp_path: Path):
-    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
-        archive.writestr("top/cat/1.png", encoded(pixels(0)))
-        archive.writestr("top/dog/1.png", encoded(pixels(1)))
-        archive.writestr("__MACOSX/top/dog/1.png", b"noise")
-    listing = list_source(str(tmp_path / "set.zip"))
-    assert listing.class_names == ("cat", "dog")
-    assert contents(tmp_path / "set.zip")["set.zip/top/dog/1.png"] == encoded(pixels(1))
-
-
-def test_damaged_zip_member_is_an_error_of_that_member(tmp_path: Path):
-    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
-        archive.writestr("cat/1.png", encoded(pixels(0)))
-        archive.writestr("cat/2.png", encoded(pixels(1)))
-    data = bytearray((tmp_path / "set.zip").read_bytes())
-    data[60] ^= 0xFF
-    (tmp_path / "set.zip").write_bytes(bytes(data))
-    records = list(read_records(to_candidates(list_source(str(tmp_path / "set.zip")).table)))
-    assert [bool(r.error) for r in records] == [True, False]
-
-
-def test_file_that_is_no_zip_is_reported(tmp_path: Path):
-    (tmp_path / "set.zip").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="zip archive is damaged"):
-        list_source(str(tmp_path / "set.zip"))
-    gone = Candidate("k", "c", "", "zip", str(tmp_path / "gone.zip"), member="a")
-    assert next(iter(read_records([gone]))).error
 
 
 @pytest.mark.parametrize("as_struct", [True, False])
