@@ -22,6 +22,9 @@ from pipelines.plan import configuration
 if TYPE_CHECKING:
     from drorae.data.inspection import Inspection
 
+NO_SOURCE = "SOURCE"
+"""Stands for a source until one is given."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardOnly:
@@ -47,7 +50,7 @@ class Listed:
 
 def inspect(options: argparse.Namespace, console: Console) -> int:
     """Print counts, classes, doubtful decisions and a decoded sample of a source."""
-    full = _configuration(options)
+    full = configuration_of(options)
     if options.sheet:
         check_out(options.sheet, "--sheet")
 
@@ -76,16 +79,21 @@ def inspect(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _configuration(options: argparse.Namespace) -> Any:
-    """The recipe's configuration, or one of `shard` alone, with SOURCE in it."""
+def configuration_of(options: argparse.Namespace) -> Any:
+    """Return a recipe's configuration, or one of `shard` alone, with SOURCE in it.
+
+    Raises:
+        ValueError: For an unknown recipe or path, a value that a field refuses, or no source.
+    """
     if options.recipe:
         full = configuration(options.recipe, options.overrides)
-    elif options.source:
-        full = override(ShardOnly(shard=ShardJob(source=options.source)), options.overrides)
     else:
-        raise ValueError("no source is given: expected SOURCE, or --recipe R for that of a recipe.")
+        nowhere = ShardOnly(shard=ShardJob(source=NO_SOURCE))
+        full = override(nowhere, options.overrides)
     given = {"source": options.source, "val_source": options.val_source}
     shard = replace(full.shard, **{name: value for name, value in given.items() if value})
+    if shard.source == NO_SOURCE:
+        raise ValueError("no source is given: expected SOURCE, or --recipe R for that of a recipe.")
     return replace(full, shard=shard)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -66,6 +67,26 @@ def test_text_fits_a_terminal_and_says_what_is_there(
         "! shard.val_fraction=0.02 of 12 images leaves no validation image",
     ):
         assert text in captured.out
+
+
+def test_doubtful_decisions_are_marked_and_counted(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "mixed"
+    picture(root / "preview.png", 77)
+    with tarfile.open(root / "all.tar", "w") as archive:
+        archive.add(photos, ".")
+    found = inspect_json(capsys, root)
+    doubtful = [note["text"] for note in found["notes"] if note["is_doubtful"]]
+    assert any("1 pictures lie beside 1 containers" in text for text in doubtful)
+    assert found["images"] == 12
+    assert found["num_rejects"] == 1
+    assert inspect(root) == 0
+    out = capsys.readouterr().out
+    assert f"decided by the readers: {len(found['notes'])}, doubtful (!): {len(doubtful)}" in out
+    assert sum(line.startswith("! ") for line in out.splitlines()) >= len(doubtful)
+    assert "entries that cannot be listed: 1" in out
+    assert "preview.png: lies beside containers" in out
 
 
 def test_json_has_all_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
