@@ -156,7 +156,9 @@ def _is_drawable(character: str) -> bool:
 
 
 def _shape(character: str) -> bytes:
-    return bytes(_font(NAME_PX).getmask(character))
+    picture = Image.new("L", (2 * NAME_PX, 2 * NAME_PX))
+    ImageDraw.Draw(picture).text((2, 2), character, fill=255, font=_font(NAME_PX))
+    return picture.tobytes()
 
 
 def _width(text: str, size_px: int) -> float:

@@ -85,7 +85,7 @@ def _turns(groups: np.ndarray, priority: tuple[np.ndarray, ...]) -> np.ndarray:
     order = np.lexsort((*priority, groups))
     ordered = groups[order]
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-    lengths = np.diff([*starts, len(ordered)])
+    lengths = np.diff(np.append(starts, len(ordered)))
     turns = np.empty(len(groups), np.int64)
     turns[order] = np.arange(len(groups)) - np.repeat(starts, lengths)
     return turns

@@ -254,10 +254,12 @@ def _problems(splits: Sequence[Split], job: ShardJob, listing: Listing) -> Itera
     train, val = splits
     if not train.images:
         yield "there is no training image: stage shard would stop. Correct shard.source."
-    if not val.images and (job.val_source is not None or job.val_fraction > 0):
+    if not val.images and job.val_source is not None:
+        yield f"shard.val_source={job.val_source!r} gives no validation image: stage shard would stop."
+    elif not val.images and job.val_fraction > 0:
         yield (
             f"shard.val_fraction={job.val_fraction:g} of {train.images:,} images leaves no "
-            "validation image: stage shard would stop. Raise it, or give --val-source."
+            "validation image: stage shard would stop. Raise it, or set shard.val_source."
         )
     rows = zip(listing.class_names, train.class_rows, strict=True)
     empty = [name for name, count in rows if not count]
