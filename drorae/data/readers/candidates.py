@@ -12,10 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-)
-"""File names that count as images; anything else in a source is not a candidate."""
+from drorae.data.formats import IMAGE_SUFFIXES
 
 UNLABELLED = "all"
 """Class name of a source that has no classes."""
