@@ -16,6 +16,9 @@ from PIL import Image
 
 from drorae.data.checked import Candidates
 from drorae.data.decoding import BadImage, Crop, ImageLimits, decode_image, to_square
+from drorae.data.essentials import essentials
+from drorae.data.formats import format_of
+from drorae.data.orientation import orientation_of
 from drorae.data.readers.candidates import LISTING_SCHEMA, Record, to_candidates
 from drorae.data.readers.source import read_records
 
@@ -24,11 +27,11 @@ __all__ = ["SampledImage", "choose_sample", "look_at"]
 MAX_GROUP_ROWS = 2000
 """Rows of Parquet row groups that are read for a sample: 230 MB at ImageNet's size."""
 
-ORIENTATION_TAG = 0x0112
-"""Exif's tag of how a camera was held; 1 is upright."""
+UPRIGHT = 1
+"""Exif's orientation of an image that needs no turning; others are larger."""
 
-PIXELS = "pixels"
-"""Format of images that their source holds as pixel arrays."""
+OF_PIXELS = {"format": "pixels", "mode": "RGB"}
+"""Of images that their source holds as pixel arrays."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,23 +165,27 @@ def _facts(record: Record, limits: ImageLimits) -> dict[str, Any]:
     data = record.data
     if data is None:
         return {"reason": record.error}
-    known = _header(data) if isinstance(data, bytes) else {"format": PIXELS, "mode": "RGB"}
+    found: dict[str, Any] = {}
     try:
         image = decode_image(data, limits)
+        found = {"width": image.width, "height": image.height, "image": image}
     except BadImage as reason:
-        return {**known, "reason": str(reason)}
-    return {**known, "width": image.width, "height": image.height, "image": image}
+        found = {"reason": str(reason)}
+    return found | (_header(data) if isinstance(data, bytes) else OF_PIXELS)
 
 
 def _header(data: bytes) -> dict[str, Any]:
     """What the file says of itself; only what can be read without its pixels."""
-    known: dict[str, Any] = {"size_bytes": len(data)}
+    name = format_of(data)
+    known: dict[str, Any] = {"size_bytes": len(data), "format": name}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                known |= {"format": image.format or "", "mode": image.mode}
-                known["is_turned"] = image.getexif().get(ORIENTATION_TAG, 1) not in (0, 1)
+            file = essentials(data, name)
+            with Image.open(io.BytesIO(file.data), formats=(name,)) as image:
+                exif = image.info.get("exif") or b""
+                is_turned = (file.orientation or orientation_of(exif)) > UPRIGHT
+                known |= {"mode": image.mode, "is_turned": is_turned}
     except Exception:  # Pillow's decoders raise almost any type; `decode_image` gives the reason
         return known
     return known
