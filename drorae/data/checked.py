@@ -25,7 +25,7 @@ class Candidates:
     listing: Listing
     """The listing."""
     labels: np.ndarray
-    """Class of each candidate, int32."""
+    """Class of each candidate, int32; -1 where it has none."""
     rank: np.ndarray
     """Place of each candidate in hash order, int64."""
     orders: dict[str, np.ndarray]
@@ -39,7 +39,7 @@ class Candidates:
         is_val = val_mask(_values(listing.table["key"]), splits, seed, val_fraction)[order]
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order))
-        number = {name: label for label, name in enumerate(listing.class_names)}
+        number = {"": -1} | {name: label for label, name in enumerate(listing.class_names)}
         classes: Any = listing.table["class_name"].combine_chunks()
         of_code = np.array([number[name] for name in classes.dictionary.to_pylist()], np.int32)
         return cls(

@@ -15,6 +15,7 @@ from drorae.data.checked import Candidates
 from drorae.data.decoding import ImageLimits
 from drorae.data.inspected_sample import SampledImage, choose_sample, counted, look_at
 from drorae.data.jobs import ShardJob
+from drorae.data.listing import list_images
 from drorae.data.readers.candidates import Listing, Note
 from drorae.data.readers.filesystem import ListingProgress, ignore_progress
 from drorae.data.selection import even_quotas
@@ -163,7 +164,7 @@ def inspect_source(
         ValueError: It holds nothing that looks like an image, or its labels contradict each other.
         RuntimeError: An object store refused or did not answer.
     """
-    listing = list_images(job, on_progress)
+    listing = list_images(job, on_progress=on_progress)
     candidates = Candidates.of(listing, job.seed, job.val_fraction)
     images = look_at(
         candidates,
@@ -255,7 +256,10 @@ def _problems(splits: Sequence[Split], job: ShardJob, listing: Listing) -> Itera
     if not train.images:
         yield "there is no training image: stage shard would stop. Correct shard.source."
     if not val.images and job.val_source is not None:
-        yield f"shard.val_source={job.val_source!r} gives no validation image: stage shard would stop."
+        yield (
+            f"shard.val_source={job.val_source!r} gives no validation image: stage shard "
+            "would stop."
+        )
     elif not val.images and job.val_fraction > 0:
         yield (
             f"shard.val_fraction={job.val_fraction:g} of {train.images:,} images leaves no "
@@ -287,12 +291,3 @@ def _summary(images: Sequence[SampledImage], job: ShardJob) -> Sample:
         file_bytes=float(np.mean(sizes)) if sizes else None,
         rejects=tuple((image.key, image.reason) for image in images if image.reason),
     )
-
-
-def list_images(job, on_progress):  # TEMPORARY
-    from types import SimpleNamespace
-
-    from drorae.data.sharding import _list
-    from drorae.data.readers.source import list_source
-
-    return list_source(job.source, on_progress=on_progress)

@@ -12,7 +12,7 @@ from reader_fakes import check_damage, contents_of, texts_of
 
 from drorae.data.readers.candidates import Candidate, Listing, ReadRule, to_candidates
 from drorae.data.readers.parquet import list_parquet
-from drorae.data.readers.source import read_records
+from drorae.data.readers.source import list_source, read_records
 
 NAME = "set.parquet"
 
@@ -71,6 +71,23 @@ def test_each_file_counts_its_own_names(tmp_path: Path):
         ["0", "1"],
     ]
     assert third.class_names == ()
+
+
+def test_numbers_without_names_count_the_names_that_all_other_files_list(tmp_path: Path):
+    table = {"image": images(3), "label": [1, 0, None]}
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.parquet", table, class_label("dog", "cat"))
+    write(tmp_path / "c.parquet", table)
+    listing = list_source(str(tmp_path))
+    assert labels_of(listing) == ["cat", "dog"] * 3
+    assert listing.class_names == ("dog", "cat")
+    assert "1 containers, such as 'c.parquet', list no names of classes" in texts_of(listing)
+    write(tmp_path / "d.parquet", {"image": images(1), "label": [2]})
+    with pytest.raises(ValueError, match="labels up to 2 but no names of classes"):
+        list_source(str(tmp_path))
+    write(tmp_path / "d.parquet", table, class_label("cat", "dog"))
+    with pytest.raises(ValueError, match="the others list 2 different sets"):
+        list_source(str(tmp_path))
 
 
 def test_two_classes_of_one_name_stay_apart(tmp_path: Path):
