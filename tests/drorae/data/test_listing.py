@@ -75,6 +75,7 @@ def test_a_label_file_labels_flat_validation(tmp_path: Path, text: str) -> None:
     listing = list_images(apart)
     assert classes(listing, "val") == {"val/3.png": "dog"}
     assert not doubts(listing)
+    assert labels(shard_output(tmp_path, apart), "val") == [1]
 
 
 def test_a_validation_label_file_without_validation_images_is_an_error(tmp_path: Path) -> None:
