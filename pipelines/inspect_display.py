@@ -69,7 +69,8 @@ def _print_source(found: "Inspection", console: Console) -> None:
 
 def _place(place: "Place") -> str:
     names = PLACES[place.kind]
-    return f"{place.containers:,} {names[place.containers != 1]} ({place.images:,} images)"
+    images = f"{place.images:,} image{'s' if place.images != 1 else ''}"
+    return f"{place.containers:,} {names[place.containers != 1]} ({images})"
 
 
 def _print_notes(found: "Inspection", console: Console) -> None:

@@ -15,7 +15,7 @@ import pytest
 from fsspec.spec import AbstractFileSystem
 from PIL import Image
 
-from pipelines import cli
+from pipelines import cli, inspect_command
 
 
 @pytest.fixture(autouse=True)
@@ -207,8 +207,7 @@ def test_remote_places_are_listed_and_sampled(
 class Hub(AbstractFileSystem):
     """A stand-in for the Hub: paths begin without a slash, as those of `HfFileSystem`."""
 
-    protocol = "hf"
-    cachable = False
+    protocol: ClassVar[str] = "hf"  # pyright: ignore[reportIncompatibleVariableOverride]
     content: ClassVar[dict[str, bytes]] = {}
 
     def ls(self, path: str, detail: bool = True, **_: object) -> list:
@@ -225,7 +224,7 @@ class Hub(AbstractFileSystem):
         size = len(self.content[name]) if is_file else 0
         return {"name": name, "size": size, "type": "file" if is_file else "directory"}
 
-    def _open(self, path: str, mode: str = "rb", **_: object) -> io.BytesIO:
+    def open(self, path: str, *_: object, **__: object) -> io.BytesIO:  # pyright: ignore
         return io.BytesIO(self.content[path])
 
 
@@ -273,6 +272,16 @@ def test_a_store_that_does_not_answer_is_one_line(
     assert captured.err.count("\n") == 1
     assert "no route to the hub" in captured.err
     assert "HF_TOKEN" in captured.err
+
+
+def test_a_long_listing_says_on_stderr_how_far_it_is(
+    photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspect_command, "LINE_EVERY_S", 0.0)
+    assert inspect(photos, "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["images"] == 12
+    assert "listing: 3 of 3" in captured.err
 
 
 def test_names_cannot_command_the_terminal(

@@ -81,6 +81,8 @@ def test_the_sample_says_what_files_are_and_how_they_change(tmp_path: Path):
     sample = inspect_source(job(root, resolution_px=16))[0].sample
     assert sample.formats == {"JPEG": 2, "PNG": 2, "unknown": 1}
     assert sample.modes == {"RGB": 2, "CMYK": 1, "L": 1}
+    assert sample.width_px is not None
+    assert sample.height_px is not None
     assert (sample.width_px.min, sample.width_px.max) == (12, 40)
     assert (sample.height_px.min, sample.height_px.max) == (12, 40)  # upright
     assert (sample.turned, sample.upscaled) == (1, 1)
