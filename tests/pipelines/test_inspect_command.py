@@ -211,7 +211,7 @@ class Hub(AbstractFileSystem):
     content: ClassVar[dict[str, bytes]] = {}
 
     def ls(self, path: str, detail: bool = True, **_: object) -> list:
-        path = self._strip_protocol(path)
+        path = str(self._strip_protocol(path))
         inside = [name.removeprefix(f"{path}/") for name in self.content if name.startswith(path)]
         if not inside:
             raise FileNotFoundError(path)
@@ -224,7 +224,7 @@ class Hub(AbstractFileSystem):
         size = len(self.content[name]) if is_file else 0
         return {"name": name, "size": size, "type": "file" if is_file else "directory"}
 
-    def open(self, path: str, *_: object, **__: object) -> io.BytesIO:  # pyright: ignore
+    def open(self, path: str, *_: object, **__: object) -> io.BytesIO:  # pyright: ignore[reportIncompatibleMethodOverride]
         return io.BytesIO(self.content[path])
 
 
