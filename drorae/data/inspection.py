@@ -236,18 +236,19 @@ def _split_by(job: ShardJob, listing: Listing) -> str:
 
 def _split(name: str, candidates: Candidates, job: ShardJob) -> Split:
     labels = candidates.labels[candidates.orders[name]]
-    known = labels[labels >= 0]
     cap = job.max_train_images if name == "train" else job.max_val_images
-    rows = np.bincount(known, minlength=len(candidates.listing.class_names))
+    # The first number is that of images without a label, which a cap treats as a class.
+    counts = np.bincount(labels + 1, minlength=1 + len(candidates.listing.class_names))
+    unlabelled, rows = int(counts[0]), counts[1:]
     return Split(
         name=name,
         images=len(labels),
         kept=len(labels) if cap is None else min(cap, len(labels)),
-        unlabelled=len(labels) - len(known),
+        unlabelled=unlabelled,
         classes=int(np.count_nonzero(rows)),
         spread=Spread.of(rows[rows > 0].tolist()),
         class_rows=tuple(rows.tolist()),
-        kept_rows=tuple(even_quotas(rows, cap).tolist()),
+        kept_rows=tuple(even_quotas(counts, cap)[1:].tolist()),
     )
 
 

@@ -63,6 +63,21 @@ def test_a_cap_keeps_what_the_shards_keep(tmp_path: Path):
         assert list(split.kept_rows) == counts[split.name]["class_rows"]
 
 
+def test_unlabelled_validation_is_counted_apart(tmp_path: Path):
+    source = make_folder(tmp_path / "photos", per_class=3)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number in range(5):
+        (flat / f"{number}.png").write_bytes(encoded(pixels(500 + number)))
+    found, images = inspect_source(job(source, val_source=str(flat), max_val_images=2))
+    train, val = found.splits
+    assert (train.images, train.unlabelled, train.class_rows) == (6, 0, (3, 3))
+    assert (val.images, val.kept, val.unlabelled, val.kept_rows) == (5, 2, 5, (0, 0))
+    assert found.class_names == ("cat", "dog")
+    assert sum(image.label == -1 for image in images) == 5
+    assert [note.is_doubtful for note in found.notes].count(True) == 1
+
+
 def test_the_sample_says_what_files_are_and_how_they_change(tmp_path: Path):
     root = tmp_path / "photos"
     root.mkdir()
