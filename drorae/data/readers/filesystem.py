@@ -20,6 +20,9 @@ from drorae.store.patience import patiently
 LISTING_THREADS = 16
 """Folders or containers listed at the same time; listing waits for the store, not for a CPU."""
 
+VERSION_SIGN = "?versionId="
+"""What s3fs takes for the version of an object, though a name may hold it."""
+
 ListingProgress = Callable[[int, int], None]
 """Called with (folders or containers listed, in all)."""
 
@@ -91,6 +94,8 @@ def read_content(uri: str, start: int = 0, end: int | None = None) -> bytes:
         OSError: It cannot be read.
         RuntimeError: The object store refused or did not answer.
     """
+    if is_s3(uri) and VERSION_SIGN in uri:
+        return s3.get_with_etag(uri)[0][start:end]
     if is_remote(uri):
         limits = {} if end is None else {"start": start, "end": end}
         with store_errors(uri):
