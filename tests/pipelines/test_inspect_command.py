@@ -235,6 +235,13 @@ class DeadHub(Hub):
         raise NameError("no route to the hub")
 
 
+class LostHub(Hub):
+    """One that lists its files and then is away."""
+
+    def open(self, path: str, *_: object, **__: object) -> io.BytesIO:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise NameError("no route to the hub")
+
+
 @pytest.fixture
 def hub() -> Iterator[Callable[[type[Hub]], None]]:
     """Puts a stand-in where hf:// is read from."""
@@ -247,13 +254,13 @@ def test_parquet_of_the_hub_is_inspected(
     photos: Path, hub: Callable[[type[Hub]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub(Hub)
+    Hub.content = {"datasets/some/one/README.md": b"text"}
     for split, count in (("train", 8), ("test", 4)):
         images = [{"bytes": path.read_bytes()} for path in sorted(photos.rglob("*.png"))[:count]]
         table = pa.table({"image": images, "label": [number % 2 for number in range(count)]})
         sink = io.BytesIO()
         pq.write_table(table, sink)
         Hub.content[f"datasets/some/one/data/{split}-00000-of-00001.parquet"] = sink.getvalue()
-    Hub.content["datasets/some/one/README.md"] = b"text"
     found = inspect_json(capsys, "hf://datasets/some/one", "--sheet", photos / "sheet.png")
     assert found["class_names"] == ["0", "1"]
     assert [split["images"] for split in found["splits"]] == [8, 4]
@@ -263,10 +270,12 @@ def test_parquet_of_the_hub_is_inspected(
     assert (photos / "sheet.png").exists()
 
 
-def test_a_store_that_does_not_answer_is_one_line(
-    hub: Callable[[type[Hub]], None], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("stand_in", [DeadHub, LostHub])
+def test_a_store_that_does_not_answer_is_one_line_and_no_fault_of_images(
+    stand_in: type[Hub], hub: Callable[[type[Hub]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hub(DeadHub)
+    hub(stand_in)
+    stand_in.content = {f"datasets/some/one/cat/{n}.png": b"never read" for n in range(3)}
     assert inspect("hf://datasets/some/one") == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
