@@ -10,7 +10,8 @@ from rich.text import Text
 from drorae.data.jobs import ShardJob
 
 if TYPE_CHECKING:
-    from drorae.data.inspection import Inspection, Place, Sample, Spread
+    from drorae.data.inspected_sample import Sample, Spread
+    from drorae.data.inspection import Inspection, Place
 
 FIRST_CLASSES, LAST_CLASSES = 6, 3
 """Classes that are shown of many."""

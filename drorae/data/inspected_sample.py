@@ -1,13 +1,12 @@
 """A few images of a source, read and decoded as stage `shard` does: what they are, what is refused.
 
-The choice is a function of seed and keys alone, spread over splits, classes and containers. It
-costs one read an image; of Parquet, whose rows are only read with their row group, at most
-`MAX_GROUP_ROWS` rows.
+It costs one read an image; of Parquet a row group each (`drorae.data.sample_choice`).
 """
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +17,12 @@ from drorae.data.checked import Candidates
 from drorae.data.decoding import BadImage, Crop, ImageLimits, decode_image, to_square
 from drorae.data.essentials import essentials
 from drorae.data.formats import format_of
+from drorae.data.jobs import ShardJob
 from drorae.data.orientation import orientation_of
 from drorae.data.readers.candidates import LISTING_SCHEMA, Record, to_candidates
 from drorae.data.readers.source import read_records
 
-__all__ = ["SampledImage", "choose_sample", "look_at"]
-
-MAX_GROUP_ROWS = 2000
-"""Rows of Parquet row groups that are read for a sample: 230 MB at ImageNet's size."""
+__all__ = ["Sample", "SampledImage", "Spread", "look_at", "summarise"]
 
 UPRIGHT = 1
 """Exif's orientation of an image that needs no turning; others are larger."""
@@ -62,61 +59,47 @@ class SampledImage:
     """The square that a shard would hold, or smaller."""
 
 
-def choose_sample(candidates: Candidates, num_images: int) -> np.ndarray:
-    """Positions of the images of a sample, best spread first, int64.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """Of some numbers the smallest, the median and the largest."""
 
-    Every class of a split comes once before any comes twice, and every container of a class before
-    it comes twice; else by hash. Grows as n log n, in arrays.
+    min: int
+    """Smallest."""
+    median: float
+    """Median."""
+    max: int
+    """Largest."""
 
-    Args:
-        candidates: All candidates.
-        num_images: Images wanted.
-    """
-    rows = np.flatnonzero(_is_near(candidates))
-    is_val = np.zeros(len(candidates.rank), np.int64)
-    is_val[candidates.orders["val"]] = 1
-    classes = 2 * candidates.labels[rows].astype(np.int64) + is_val[rows]
-    containers = _codes(candidates, "container")[rows]
-    hashed = candidates.rank[rows]
-    of_both = classes * (1 + containers.max(initial=0)) + containers
-    turns = _turns(classes, (hashed, _turns(of_both, (hashed,))))
-    return rows[np.lexsort((hashed, turns))[:num_images]]
+    @classmethod
+    def of(cls, values: Sequence[int]) -> "Spread | None":
+        """Spread of numbers; none if there are none."""
+        if not values:
+            return None
+        return cls(min=min(values), median=float(np.median(values)), max=max(values))
 
 
-def _turns(groups: np.ndarray, priority: tuple[np.ndarray, ...]) -> np.ndarray:
-    """Place of each row among those of its group, from 0; the last priority counts first."""
-    order = np.lexsort((*priority, groups))
-    ordered = groups[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-    lengths = np.diff(np.append(starts, len(ordered)))
-    turns = np.empty(len(groups), np.int64)
-    turns[order] = np.arange(len(groups)) - np.repeat(starts, lengths)
-    return turns
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """What a few images are, decoded as stage `shard` does."""
 
-
-def _is_near(candidates: Candidates) -> np.ndarray:
-    """Which candidates can be read without much else: of Parquet, rows of a few row groups."""
-    kinds: Any = candidates.listing.table["kind"].combine_chunks()
-    names = kinds.dictionary.to_pylist()
-    near = np.array([name != "parquet" for name in names], bool)[kinds.indices.to_numpy()]
-    rows = np.flatnonzero(~near)
-    if not len(rows):
-        return near
-    units = candidates.listing.table["unit"].to_numpy()[rows].astype(np.int64)
-    groups = (_codes(candidates, "container")[rows] << 32) + units
-    _, number, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    first = np.full(len(sizes), len(candidates.rank))
-    np.minimum.at(first, number, candidates.rank[rows])
-    order = np.argsort(first)
-    fits = np.cumsum(sizes[order]) <= MAX_GROUP_ROWS
-    fits[0] = True
-    near[rows] = np.isin(number, order[fits])
-    return near
-
-
-def _codes(candidates: Candidates, name: str) -> np.ndarray:
-    column: Any = candidates.listing.table[name].combine_chunks()
-    return column.indices.to_numpy().astype(np.int64)
+    images: int
+    """Images in the sample."""
+    formats: dict[str, int]
+    """Images by format of the file, of accepted ones and others."""
+    modes: dict[str, int]
+    """Accepted images by Pillow's mode; all but RGB are converted."""
+    width_px: Spread | None
+    """Widths of accepted images, upright."""
+    height_px: Spread | None
+    """Heights of accepted images, upright."""
+    turned: int
+    """Accepted images that Exif turns or mirrors."""
+    upscaled: int
+    """Accepted images of fewer pixels than the square to be made of them."""
+    file_bytes: float | None
+    """Mean length of a file in bytes; none where images are no files."""
+    rejects: tuple[tuple[str, str], ...]
+    """(key, reason) of the images that `shard` would reject."""
 
 
 def look_at(
@@ -165,7 +148,7 @@ def _facts(record: Record, limits: ImageLimits) -> dict[str, Any]:
     data = record.data
     if data is None:
         return {"reason": record.error}
-    found: dict[str, Any] = {}
+    found: dict[str, Any]
     try:
         image = decode_image(data, limits)
         found = {"width": image.width, "height": image.height, "image": image}
@@ -197,8 +180,28 @@ def _small(square: Image.Image, kept_px: int) -> Image.Image:
     return square.resize((kept_px, kept_px), Image.Resampling.BOX)
 
 
-def counted(values: Sequence[str]) -> dict[str, int]:
+def summarise(images: Sequence[SampledImage], job: ShardJob) -> Sample:
+    """Summary of a sample.
+
+    Args:
+        images: Its images.
+        job: The job; its `resolution_px` is read.
+    """
+    good = [image for image in images if not image.reason]
+    sizes = [image.size_bytes for image in images if image.size_bytes]
+    return Sample(
+        images=len(images),
+        formats=_counted(image.format or "unknown" for image in images),
+        modes=_counted(image.mode for image in good),
+        width_px=Spread.of([image.width for image in good]),
+        height_px=Spread.of([image.height for image in good]),
+        turned=sum(image.is_turned for image in good),
+        upscaled=sum(min(image.width, image.height) < job.resolution_px for image in good),
+        file_bytes=float(np.mean(sizes)) if sizes else None,
+        rejects=tuple((image.key, image.reason) for image in images if image.reason),
+    )
+
+
+def _counted(values: Iterable[str]) -> dict[str, int]:
     """How often each value occurs, the most frequent first."""
-    names, counts = np.unique(np.array(values, object).astype(str), return_counts=True)
-    order = np.lexsort((names, -counts))
-    return {str(names[i]): int(counts[i]) for i in order}
+    return dict(sorted(Counter(values).items(), key=lambda item: (-item[1], item[0])))

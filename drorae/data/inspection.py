@@ -13,11 +13,12 @@ import numpy as np
 
 from drorae.data.checked import Candidates
 from drorae.data.decoding import ImageLimits
-from drorae.data.inspected_sample import SampledImage, choose_sample, counted, look_at
+from drorae.data.inspected_sample import Sample, SampledImage, Spread, look_at, summarise
 from drorae.data.jobs import ShardJob
 from drorae.data.listing import list_images
 from drorae.data.readers.candidates import Listing, Note
 from drorae.data.readers.filesystem import ListingProgress, ignore_progress
+from drorae.data.sample_choice import choose_sample
 from drorae.data.selection import even_quotas
 
 __all__ = ["Inspection", "inspect_source"]
@@ -41,25 +42,6 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Spread:
-    """Of some numbers the smallest, the median and the largest."""
-
-    min: int
-    """Smallest."""
-    median: float
-    """Median."""
-    max: int
-    """Largest."""
-
-    @classmethod
-    def of(cls, values: Sequence[int]) -> "Spread | None":
-        """Spread of numbers; none if there are none."""
-        if not values:
-            return None
-        return cls(min=min(values), median=float(np.median(values)), max=max(values))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
     """Images of one split before duplicates and bad files are left out."""
 
@@ -79,30 +61,6 @@ class Split:
     """Images of each class, by label."""
     kept_rows: tuple[int, ...]
     """Those of them that the cap allows."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """What a few images are, decoded as stage `shard` does."""
-
-    images: int
-    """Images in the sample."""
-    formats: dict[str, int]
-    """Images by format of the file, of accepted ones and others."""
-    modes: dict[str, int]
-    """Accepted images by Pillow's mode; all but RGB are converted."""
-    width_px: Spread | None
-    """Widths of accepted images, upright."""
-    height_px: Spread | None
-    """Heights of accepted images, upright."""
-    turned: int
-    """Accepted images that Exif turns or mirrors."""
-    upscaled: int
-    """Accepted images of fewer pixels than the square to be made of them."""
-    file_bytes: float | None
-    """Mean length of a file in bytes; none where images are no files."""
-    rejects: tuple[tuple[str, str], ...]
-    """(key, reason) of the images that `shard` would reject."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,7 +132,7 @@ def inspect_source(
         crop=job.crop,
         kept_px=kept_px,
     )
-    sample = _summary(images, job)
+    sample = summarise(images, job)
     size_bytes, is_estimated = _size_bytes(listing, sample)
     splits = tuple(_split(name, candidates, job) for name in SPLITS)
     inspection = Inspection(
@@ -276,19 +234,3 @@ def _problems(splits: Sequence[Split], job: ShardJob, listing: Listing) -> Itera
 def _reasons(listing: Listing) -> dict[str, int]:
     counts = Counter(reason.partition(":")[0] for _, reason in listing.rejects)
     return dict(counts.most_common(MAX_REASONS))
-
-
-def _summary(images: Sequence[SampledImage], job: ShardJob) -> Sample:
-    good = [image for image in images if not image.reason]
-    sizes = [image.size_bytes for image in images if image.size_bytes]
-    return Sample(
-        images=len(images),
-        formats=counted([image.format or "unknown" for image in images]),
-        modes=counted([image.mode for image in good]),
-        width_px=Spread.of([image.width for image in good]),
-        height_px=Spread.of([image.height for image in good]),
-        turned=sum(image.is_turned for image in good),
-        upscaled=sum(min(image.width, image.height) < job.resolution_px for image in good),
-        file_bytes=float(np.mean(sizes)) if sizes else None,
-        rejects=tuple((image.key, image.reason) for image in images if image.reason),
-    )

@@ -12,12 +12,13 @@ from data_fakes import encoded, job, make_folder, pixels, shard_output
 from PIL import Image
 
 from drorae.config import to_json
-from drorae.data import inspected_sample
+from drorae.data import sample_choice
 from drorae.data.checked import Candidates
 from drorae.data.contact_sheet import MAX_PICTURES, contact_sheet
-from drorae.data.inspected_sample import SampledImage, choose_sample
+from drorae.data.inspected_sample import SampledImage
 from drorae.data.inspection import inspect_source
 from drorae.data.readers.candidates import Listing, joined, listed
+from drorae.data.sample_choice import choose_sample
 
 
 def candidates_of(*tables: pa.Table, val_fraction: float = 0.0) -> Candidates:
@@ -148,7 +149,7 @@ def test_a_sample_does_not_depend_on_what_else_the_source_holds_before_it():
 
 
 def test_of_parquet_a_few_row_groups_are_read(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(inspected_sample, "MAX_GROUP_ROWS", 300)
+    monkeypatch.setattr(sample_choice, "MAX_GROUP_ROWS", 300)
     tables = [part(f"{n}.parquet", ["x"] * 1000, "parquet", rows_of_unit=100) for n in range(3)]
     candidates = candidates_of(*tables)
     positions = choose_sample(candidates, 64)
@@ -162,7 +163,7 @@ def test_of_parquet_a_few_row_groups_are_read(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_one_row_group_is_read_however_large(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(inspected_sample, "MAX_GROUP_ROWS", 2)
+    monkeypatch.setattr(sample_choice, "MAX_GROUP_ROWS", 2)
     images = [encoded(pixels(number)) for number in range(8)]
     pq.write_table(
         pa.table({"image": images, "label": [0, 1] * 4}), tmp_path / "a.parquet", row_group_size=4
