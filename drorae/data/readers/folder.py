@@ -49,9 +49,11 @@ PACKED = "an archive of a kind that is not read: unpack it, or pack it as .tar o
 
 def is_candidate_name(name: str) -> bool:
     """Whether a file may be an image: its name says so, or says nothing."""
+    if is_image_name(name):
+        return True
     suffix = splitext(name)[1].lower()
     known = suffix in OTHER_SUFFIXES or suffix in ARCHIVE_SUFFIXES
-    return is_image_name(name) or not (known or is_container_name(name) or is_label_file(name))
+    return not (known or is_container_name(name) or is_label_file(name))
 
 
 def is_container_name(name: str) -> bool:
