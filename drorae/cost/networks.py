@@ -1,5 +1,6 @@
 """The networks of a configuration on the meta device, each counted for one image."""
 
+import functools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,7 @@ TRUNKS = {
 TAPS = {"alex": (64, 192, 384, 256, 256), "vgg": (64, 128, 256, 512, 512)}
 
 
+@functools.cache
 def count_encoder(config: EncoderConfig) -> NetworkCost:
     """The frozen backbone; from a folder's config.json, else from the family that its name tells.
 
@@ -63,6 +65,7 @@ def count_encoder(config: EncoderConfig) -> NetworkCost:
     )
 
 
+@functools.cache
 def count_fusion(config: FusionConfig, encoder: EncoderConfig) -> NetworkCost:
     """The fusion of the layers that the encoder gives."""
     with torch.device("meta"):
@@ -71,12 +74,14 @@ def count_fusion(config: FusionConfig, encoder: EncoderConfig) -> NetworkCost:
     return measure(f"fusion {config.kind}", _Latent(fusion.eval()), (hidden,))
 
 
+@functools.cache
 def split_fusion(config: FusionConfig, encoder: EncoderConfig) -> dict[str, int]:
     """Parameters of the fusion by part, and their total."""
     with torch.device("meta"):
         return parameter_counts(build_fusion(config, encoder.num_layers, encoder.width))
 
 
+@functools.cache
 def count_decoder(config: DecoderConfig) -> NetworkCost:
     """RAE's decoder."""
     with torch.device("meta"):
@@ -87,6 +92,7 @@ def count_decoder(config: DecoderConfig) -> NetworkCost:
     return measure(name, decoder, (latent,), parameters=total)
 
 
+@functools.cache
 def count_discriminator(
     config: DiscriminatorConfig, image_px: int
 ) -> tuple[NetworkCost, NetworkCost]:
@@ -102,6 +108,7 @@ def count_discriminator(
     )
 
 
+@functools.cache
 def count_perceptual(net: Literal["vgg", "alex"], image_px: int) -> NetworkCost:
     """LPIPS's trunk on one image; the comparison itself costs next to nothing."""
     with torch.device("meta"):
@@ -112,6 +119,7 @@ def count_perceptual(net: Literal["vgg", "alex"], image_px: int) -> NetworkCost:
     return measure(f"LPIPS {net}", features, (images,), parameters=total, roles=("passed",))
 
 
+@functools.cache
 def count_dit(name: str, config: DiTConfig) -> NetworkCost:
     """A diffusion transformer; a base head counts when it trains, and in its FLOPs."""
     with torch.device("meta"):

@@ -75,6 +75,7 @@ class EncodeShard:
         )
         self._starts = np.cumsum([0, *self._images.shard_rows])
         self._kept_states = self._open_cache()
+        self._reads_images = self._kept_states is None or job.flip
 
     def _open_cache(self) -> HiddenStates | None:
         """Hidden states that the tokenizer's training left on this machine."""
@@ -93,8 +94,9 @@ class EncodeShard:
             RuntimeError: A latent does not fit float16.
         """
         part = int(task.payload["part"])
-        self._images.follow([ShardUse(part, part, part)])
-        self._images.reached(part)
+        if self._reads_images:
+            self._images.follow([ShardUse(part, part, part)])
+            self._images.reached(part)
         first, end = (int(row) for row in self._starts[part : part + 2])
         shape = (self._encoder.width, self._encoder.grid, self._encoder.grid)
         names = COLUMNS[: 1 + self._job.flip]
@@ -137,9 +139,7 @@ class EncodeShard:
 
     def _read(self, ids: np.ndarray) -> UInt8[Tensor, "batch 3 height width"] | None:
         """The images; none where kept hidden states tell all."""
-        if self._kept_states is not None and not self._job.flip:
-            return None
-        return self._images.read(ids)[0]
+        return self._images.read(ids)[0] if self._reads_images else None
 
     @torch.no_grad()
     def _views(

@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -60,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
             _tell(f"{name:14} {(scenario.__doc__ or '').splitlines()[0]}")
         return 0
     logging.basicConfig(level=logging.ERROR)
+    # By default SIGTERM ends Python at once, and what was started would go on.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     started_s = time.monotonic()
     rows = play(options.only or list(SCENARIOS), options.seed, options.hang_timeout_s)
     _tell(f"\n{render(rows)}\n\n{time.monotonic() - started_s:.0f} s, seed {options.seed}")

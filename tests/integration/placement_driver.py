@@ -15,7 +15,6 @@ from drorae.data.shard_map import (
     BuildWorker,
     Executor,
     ShardTask,
-    map_shards,
     run_in_process,
     run_on_ray,
 )
@@ -31,14 +30,14 @@ COMPUTE = Compute(num_workers=2, threads_per_worker=1, use_gpu=True, device="cpu
 
 
 class Place:
-    """Says where it is, or where the worker inside it is."""
+    """Says where the worker inside it is."""
 
-    def __init__(self, folder: Path, build_worker: BuildWorker | None = None) -> None:
+    def __init__(self, folder: Path, build_worker: BuildWorker) -> None:
         self.folder = folder
-        self.inner = build_worker() if build_worker else None
+        self.inner = build_worker()
 
     def __call__(self, task: ShardTask) -> dict[str, Any]:
-        result = self.inner(task) if self.inner else {}
+        result = self.inner(task)
         (self.folder / f"{task.name}.place").write_text(node())
         return result
 
@@ -94,10 +93,6 @@ def evaluate(folder: Path, name: str, executor: Executor) -> dict[str, str]:
 
 def main(folder: Path) -> None:
     connect_ray(COMPUTE)
-    tasks = [ShardTask(f"part-{i}", {}) for i in range(6)]
-    build = functools.partial(Place, made(folder, "map places"))
-    worker = Resources(cpus=1.0, gpus=1.0)
-    map_shards(tasks, build, work_uri=str(folder / "map"), compute=COMPUTE, worker=worker)
     rank_places = made(folder, "rank places")
     trained = train_on_ray(context(folder, "fusion", {}), train, {"folder": str(rank_places)})
     on_ray = functools.partial(placed_on_ray, made(folder, "evaluate places"))
@@ -109,7 +104,6 @@ def main(folder: Path) -> None:
         "driver": node(),
         "head": next(i for i, r in nodes.items() if "node:__internal_head__" in r),
         "declare_gpus": [i for i, r in nodes.items() if r.get("GPU")],
-        "map": places(folder / "map places"),
         "ranks": places(rank_places),
         "num_ranks": trained.metrics["ranks"],
         "evaluate": places(folder / "evaluate places"),

@@ -16,7 +16,7 @@ from drorae.config import to_json
 from drorae.evaluation.job import EvaluateJob
 from tests.drorae.evaluation.evaluation_fakes import make_encoder, make_lpips, make_outputs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 JOB = EvaluateJob(
     num_val_images=0,
@@ -78,7 +78,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -91,11 +91,6 @@ def test_actors_and_ranks_run_where_gpus_are_declared_and_the_driver_on_the_head
     assert ran["driver"] == ran["head"]
     assert ran["head"] not in ran["declare_gpus"]
     assert len(ran["declare_gpus"]) == 2
-    for kind in ("map", "ranks", "evaluate"):
-        assert set(ran[kind].values()) <= set(ran["declare_gpus"]), kind
-
-
-def test_all_gpus_are_used(ran: dict[str, Any]) -> None:
     assert ran["num_ranks"] == 2
     for kind in ("ranks", "evaluate"):
         assert set(ran[kind].values()) == set(ran["declare_gpus"]), kind

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,5 +160,6 @@ def next_result(results: Any, processes: Sequence[Any]) -> Seen:
 
 def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function in a fresh process, whose memory and CPU time are then its alone."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply_async(function, arguments).get(PROCESS_TIMEOUT_S)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # notices a child that was killed
+        return pool.submit(function, *arguments).result(PROCESS_TIMEOUT_S)
