@@ -84,11 +84,11 @@ def committed(plan: RunPlan, names: tuple[str, ...]) -> dict[str, StageOutput]:
     return {name: output for name, output in found.items() if output is not None}
 
 
-def check_out(path: str) -> None:
-    """Refuse a place that cannot be written before the networks are loaded."""
+def check_out(path: str, option: str = "--out") -> None:
+    """Refuse a place that cannot be written before any work is done."""
     if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
         raise ValueError(
-            f"--out {path} cannot be written: expected a file name in a folder that exists."
+            f"{option} {path} cannot be written: expected a file name in a folder that exists."
         )
 
 

@@ -8,11 +8,12 @@ import argparse
 import os
 from collections.abc import Callable
 
-from pipelines import commands, models_command, release_command, run_command
+from pipelines import commands, inspect_command, models_command, release_command, run_command
 from pipelines.plan import default_workspace
 
 EXAMPLES = """examples:
   drorae assets fetch smoke
+  drorae inspect photos/ --sheet photos.png
   drorae run --recipe smoke
   drorae run --recipe smoke --set fusion.expert_hidden=512
   drorae plan --recipe smoke --set fusion.expert_hidden=512
@@ -33,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="show log lines and traces")
     commands_of = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_inspect(commands_of)
     _add_run(commands_of)
     _add_plan(commands_of)
     _add_status(commands_of)
@@ -97,6 +99,43 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_inspect(group: "argparse._SubParsersAction") -> None:
+    parser = _command(
+        group, "inspect", "show what would be read of a source", inspect_command.inspect
+    )
+    parser.add_argument(
+        "source",
+        nargs="?",
+        type=_path,
+        metavar="SOURCE",
+        help="folder, .tar, .zip or .parquet file, s3:// or hf:// place, or asset:NAME "
+        "(default: the recipe's)",
+    )
+    parser.add_argument(
+        "--val-source", type=_path, metavar="SOURCE", help="separate source of validation images"
+    )
+    parser.add_argument("--recipe", help="take its settings, and say whether the data fit it")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="PATH=VALUE",
+        help="change one field, for example shard.label_column=fine_label; may be repeated",
+    )
+    parser.add_argument(
+        "--images",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="images to decode (default: 64)",
+    )
+    parser.add_argument(
+        "--sheet", type=_path, metavar="FILE", help="write a contact sheet of them, a PNG"
+    )
+    _add_json(parser)
 
 
 def _add_run(group: "argparse._SubParsersAction") -> None:

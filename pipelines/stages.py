@@ -14,6 +14,7 @@ from typing import Any
 from drorae.config import ACCELERATED, Resources, to_json
 from drorae.data.fingerprint import Fingerprint
 from drorae.recipes.data_check import (
+    Counted,
     check_classes,
     check_evaluation,
     check_validation,
@@ -22,7 +23,7 @@ from drorae.recipes.data_check import (
 from drorae.store.keys import stage_key
 from drorae.store.workspace import StageOutput
 
-Check = Callable[[Any, StageOutput | None, str], None]
+Check = Callable[[Any, Counted | None, str], None]
 """Called with the full configuration, an output (None while it is not there) and the name of the
 stage that asks; raises ValueError."""
 
@@ -72,7 +73,7 @@ def _no_notes(output: StageOutput) -> list[str]:
     return []
 
 
-def _check_trained(full: Any, shards: StageOutput | None, stage: str) -> None:
+def _check_trained(full: Any, shards: Counted | None, stage: str) -> None:
     if _is_trained(full):
         check_validation(full, shards, stage)
 
@@ -256,7 +257,7 @@ def needs_of(full: Any, stage: Stage, enabled: Mapping[str, str]) -> tuple[str, 
     )
 
 
-def check_output(full: Any, name: str, output: StageOutput | None, asking: Sequence[Stage]) -> None:
+def check_output(full: Any, name: str, output: Counted | None, asking: Sequence[Stage]) -> None:
     """Check the output of stage `name` for the stages that will run.
 
     Args:

@@ -6,20 +6,32 @@ with classes and shards, not with images.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from drorae.recipes.full import FullJob
 from drorae.store.context import note_line
-from drorae.store.workspace import StageOutput
 
-__all__ = ["check_classes", "check_evaluation", "check_validation", "reading_notes"]
+__all__ = ["Counted", "check_classes", "check_evaluation", "check_validation", "reading_notes"]
 
 UNLABELLED = ["all"]
 """Classes of a source that states none (drorae.data.readers.candidates)."""
 MAX_NAMES = 5
 
 
-def check_classes(full: FullJob, shards: StageOutput | None, stage: str) -> None:
+class Counted(Protocol):
+    """Counts of images: the output of stage `shard`, or a source that was only listed."""
+
+    @property
+    def uri(self) -> str:
+        """Where it lies."""
+        ...
+
+    def read_json(self, name: str) -> Any:
+        """Content of `counts.json`."""
+        ...
+
+
+def check_classes(full: FullJob, shards: Counted | None, stage: str) -> None:
     """Check that a generator has a row for every class, and an image for every row.
 
     One class too many would take the null class's row, and a class without an image would be
@@ -54,7 +66,7 @@ def check_classes(full: FullJob, shards: StageOutput | None, stage: str) -> None
         )
 
 
-def check_validation(full: FullJob, shards: StageOutput | None, stage: str) -> None:
+def check_validation(full: FullJob, shards: Counted | None, stage: str) -> None:
     """Check that there are held-out images, on which every tokenizer phase is measured.
 
     Args:
@@ -75,7 +87,7 @@ def check_validation(full: FullJob, shards: StageOutput | None, stage: str) -> N
     )
 
 
-def check_evaluation(full: FullJob, shards: StageOutput | None, stage: str) -> None:
+def check_evaluation(full: FullJob, shards: Counted | None, stage: str) -> None:
     """Check that there are as many held-out images as `evaluate` is to measure.
 
     Args:
@@ -102,7 +114,7 @@ def check_evaluation(full: FullJob, shards: StageOutput | None, stage: str) -> N
         )
 
 
-def reading_notes(shards: StageOutput) -> list[str]:
+def reading_notes(shards: Counted) -> list[str]:
     """What was decided when the source was read, a line each; doubtful decisions are warnings."""
     reading = shards.read_json("counts.json").get("reading", ())
     return [note_line(note["text"], is_warning=note["is_doubtful"]) for note in reading]

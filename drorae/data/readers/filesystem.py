@@ -7,7 +7,7 @@ that is away is waited for (`drorae.store.patience`).
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,28 @@ def store_errors(uri: str) -> AbstractContextManager[None]:
     A refused key or a lost connection becomes a RuntimeError that ends the stage; local errors pass
     as they are.
     """
-    return clear_errors(uri) if is_s3(uri) else nullcontext()
+    if is_s3(uri):
+        return clear_errors(uri)
+    return _clear_remote_errors(uri) if is_remote(uri) else nullcontext()
+
+
+@contextmanager
+def _clear_remote_errors(uri: str) -> Iterator[None]:
+    """The same for other stores of fsspec, each of which has errors of its own."""
+    try:
+        yield
+    except (FileNotFoundError, RuntimeError):
+        raise
+    except ImportError as error:
+        raise RuntimeError(
+            f"{uri} cannot be read: {error}; expected the package that fsspec needs for such "
+            "addresses. Install it, or correct the address."
+        ) from error
+    except Exception as error:
+        raise RuntimeError(
+            f"{uri} cannot be read ({type(error).__name__}: {error}): expected an answer. Check "
+            "the address, the network, and the keys of that store (HF_TOKEN for hf://)."
+        ) from error
 
 
 def open_file(uri: str, read_ahead_bytes: int = 0) -> Any:
@@ -55,12 +76,12 @@ def open_file(uri: str, read_ahead_bytes: int = 0) -> Any:
     """
     if not is_remote(uri):
         return Path(uri).open("rb")
-    file_system, path = _remote(uri)
     cache = {"cache_type": "readahead", "block_size": read_ahead_bytes}
     options: dict[str, Any] = cache if read_ahead_bytes else {"cache_type": "none"}
     with store_errors(uri):
+        file_system, path = _remote(uri)
         file = patiently(lambda: file_system.open(path, "rb", **options))
-    return _patient(file, uri) if is_s3(uri) else file
+    return _patient(file, uri) if hasattr(file, "cache") else file
 
 
 def read_content(uri: str, start: int = 0, end: int | None = None) -> bytes:
@@ -71,9 +92,9 @@ def read_content(uri: str, start: int = 0, end: int | None = None) -> bytes:
         RuntimeError: The object store refused or did not answer.
     """
     if is_remote(uri):
-        file_system, path = _remote(uri)
         limits = {} if end is None else {"start": start, "end": end}
         with store_errors(uri):
+            file_system, path = _remote(uri)
             return patiently(lambda: file_system.cat_file(path, **limits))
     with open(uri, "rb", buffering=0) as file:
         return file.read() if end is None else os.pread(file.fileno(), end - start, start)
@@ -114,8 +135,9 @@ def is_folder(uri: str) -> bool:
         return os.path.isdir(uri)
     if is_s3(uri):
         return any(page.objects for page in s3.list_pages(f"{uri.rstrip('/')}/"))
-    file_system, path = _remote(uri)
-    return file_system.isdir(path)
+    with store_errors(uri):
+        file_system, path = _remote(uri)
+        return file_system.isdir(path)
 
 
 def walk(
@@ -197,9 +219,10 @@ def _walk_remote(uri: str, on_progress: ListingProgress) -> list[str]:
     if is_s3(uri):
         names = [name for name, _, _ in objects_on_s3(uri, on_progress)]
     else:
-        file_system, root = _remote(uri)
-        root = root.rstrip("/")
-        names = [path[len(root) + 1 :] for path in file_system.find(root)]
+        with store_errors(uri):
+            file_system, root = _remote(uri)
+            root = root.rstrip("/")
+            names = [path[len(root) + 1 :] for path in file_system.find(root)]
     names = [name for name in names if name and not name.endswith("/")]
     if not names:
         raise FileNotFoundError(
