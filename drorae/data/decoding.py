@@ -1,11 +1,15 @@
 """Untrusted image bytes to a square RGB picture, and back to PNG.
 
 Everything that can be wrong with a file ends in `BadImage` with a reason that reads the same on
-every machine and rerun; nothing else may escape. Model-side normalisation is not here: pictures
-stay uint8.
+every machine and rerun; nothing else may escape. What stands beside the pixels never decides:
+`essentials` drops it before decoding. Model-side normalisation is not here: pictures stay uint8.
+
+Pillow's own limit of pixels, one number for the whole process, is switched off here, because
+`ImageLimits` says what is allowed; it is applied to the header, before any pixel is decoded.
 """
 
 import io
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +17,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from drorae.data.essentials import Essentials, essentials
+from drorae.data.formats import format_of, other_content
+from drorae.data.orientation import orientation_of, upright
+from drorae.data.png_chunks import has_all_pixels
+
+Image.MAX_IMAGE_PIXELS = None
 
 Crop = Literal["center", "resize"]
 """`center`: ADM centre crop (guided-diffusion; RAE evaluation protocol). `resize`: squash to a
@@ -24,8 +35,15 @@ PNG_COMPRESS_LEVEL, PNG_COMPRESS_TYPE = 6, 3
 instead of 18 to 30 and 0 to 7 % fewer bytes. Fixed because the bytes of a shard must not depend on
 a library default."""
 
-BITS_16_TO_8 = 257.0
-"""65535 / 255: full scale of 16 bit onto full scale of 8 bit."""
+BITS_16_MAX, BITS_12_MAX = 65535, 4095
+"""Full scale of the integer formats above 8 bit."""
+
+TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
+WHITE_IS_ZERO, SIGNED_SAMPLES = 0, 2
+"""Values of the last two tags."""
+
+UNUSED_ALPHA = {"BMP", "DIB", "TGA", "ICO"}
+"""Formats whose writers often leave a fourth byte zero that is not meant as transparency."""
 
 
 class BadImage(Exception):
@@ -44,6 +62,10 @@ class ImageLimits:
     """Largest allowed width * height, checked before any pixel is decoded (decompression bombs)."""
 
 
+ANY_SIZE = ImageLimits(min_side_px=1, max_aspect_ratio=math.inf, max_pixels=1 << 31)
+"""Limits of files that were checked before."""
+
+
 def decode_image(data: bytes | np.ndarray, limits: ImageLimits) -> Image.Image:
     """Decode to upright 8-bit RGB: transparency on white, 16 bit and CMYK converted.
 
@@ -56,51 +78,91 @@ def decode_image(data: bytes | np.ndarray, limits: ImageLimits) -> Image.Image:
     """
     if isinstance(data, np.ndarray):
         image = Image.fromarray(data)
-        _check_size(image, limits)
+        _check_size(image.size, limits)
         return image
-    if not data:
-        raise BadImage("empty file (0 bytes)")
     with warnings.catch_warnings():
-        # Pillow warns about broken EXIF and large sizes; both are handled here.
+        # Pillow warns where it corrects what a file says; such a file is read or refused here.
         warnings.simplefilter("ignore")
-        with _reasons(limits), Image.open(io.BytesIO(data)) as image:
-            num_frames = getattr(image, "n_frames", 1)
-        if num_frames > 1 and image.format != "MPO":  # a JPEG with a preview, as phones write
-            raise BadImage(f"animated or multi-page: {num_frames} frames")
-        _check_size(image, limits)
-        with _reasons(limits), Image.open(io.BytesIO(data)) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-        return _to_rgb(upright)
+        return _decode(data, limits)
 
 
 def decode_accepted(data: bytes | memoryview) -> Image.Image:
     """`decode_image` of a file that passed its checks before: the same pixels, no limits.
 
     For many threads at a time, which `decode_image` is not: it changes Python's warning filters.
+
+    Raises:
+        BadImage: As `decode_image`, but for the limits.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    return _decode(bytes(data), ANY_SIZE)
+
+
+def _decode(data: bytes, limits: ImageLimits) -> Image.Image:
+    name = _known_format(data)
+    file = essentials(data, name)
+    _check_file(file, limits)
+    with _reasons(name), Image.open(io.BytesIO(file.data), formats=(name,)) as image:
+        _check_frames(max(file.num_frames, getattr(image, "n_frames", 1)), name)
+        _check_size(image.size, limits)
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        _check_complete(image, file.data)
+        rgb = _to_rgb(image)
+        return upright(rgb, file.orientation or orientation_of(image.info.get("exif") or b""))
+
+
+def _check_frames(num_frames: int, name: str) -> None:
+    if num_frames > 1 and name != "HEIF":  # whose further pictures stand beside the main one
+        raise BadImage(f"animated or multi-page: {num_frames} frames")
+
+
+def _known_format(data: bytes) -> str:
+    if not data:
+        raise BadImage("empty file (0 bytes)")
+    name = format_of(data)
+    if not name:
+        other = other_content(data)
+        raise BadImage(f"not an image: the content {f'is {other}' if other else _NO_FORMAT}")
+    if name == "HEIF":
+        _register_heif()
+    return name
+
+
+_NO_FORMAT = "fits no known format"
+
+
+def _register_heif() -> None:
+    try:
+        import pillow_heif  # pyright: ignore[reportMissingImports]  # an optional extra
+    except ImportError:
+        raise BadImage("HEIC needs the extra drorae[formats]: pip install pillow-heif") from None
+    pillow_heif.register_heif_opener()
+
+
+def _check_file(file: Essentials, limits: ImageLimits) -> None:
+    if file.problem:
+        raise BadImage(file.problem)
+    if file.size_px and file.size_px[0] * file.size_px[1] > limits.max_pixels:
+        width, height = file.size_px
+        raise BadImage(f"{width}x{height} is more than {limits.max_pixels} pixels")
 
 
 @contextmanager
-def _reasons(limits: ImageLimits) -> Iterator[None]:
+def _reasons(name: str) -> Iterator[None]:
     """Pillow's errors as reasons; only its calls belong inside, or our own mistakes would hide."""
     try:
         yield
+    except BadImage:  # from a check between the calls
+        raise
     except UnidentifiedImageError as error:
-        raise BadImage("not an image: the content fits no known format") from error
-    except Image.DecompressionBombError as error:
-        raise BadImage(f"more than {limits.max_pixels} pixels") from error
+        raise BadImage(f"truncated or damaged: no {name} that can be read") from error
     except MemoryError as error:
         raise BadImage("needs more memory than there is") from error
     except Exception as error:  # Pillow's decoders raise almost any type on damaged input
         raise BadImage(f"truncated or damaged: {type(error).__name__}: {error}") from error
 
 
-def _check_size(image: Image.Image, limits: ImageLimits) -> None:
-    width, height = image.size
+def _check_size(size_px: tuple[int, int], limits: ImageLimits) -> None:
+    width, height = size_px
     if width * height > limits.max_pixels:
         raise BadImage(f"{width}x{height} is more than {limits.max_pixels} pixels")
     if min(width, height) < limits.min_side_px:
@@ -109,22 +171,51 @@ def _check_size(image: Image.Image, limits: ImageLimits) -> None:
         raise BadImage(f"{width}x{height} exceeds the aspect ratio {limits.max_aspect_ratio:g}")
 
 
+def _check_complete(image: Image.Image, data: bytes) -> None:
+    """Pillow leaves rows black where the compressed pixels of a PNG end early but properly."""
+    if image.format != "PNG":
+        return
+    last_row = image.crop((0, image.height - 1, *image.size))
+    is_black = last_row.getbbox(alpha_only=False) is None
+    if (is_black or "interlace" in image.info) and not has_all_pixels(data):
+        raise BadImage("truncated or damaged: the compressed pixels end before the last row")
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
+    tags = getattr(image, "tag_v2", {})
     if image.mode == "F":
         raise BadImage("floating-point pixels: the value range is unknown")
+    if image.mode == "I" and image.format == "TIFF":
+        raise BadImage("32-bit integer pixels: the value range is unknown")
+    if SIGNED_SAMPLES in tags.get(TIFF_SAMPLE_FORMAT, ()):
+        raise BadImage("signed integer pixels: the value range is unknown")
+    if image.mode == "LAB":
+        raise BadImage("colours in CIELAB are not converted: save the image as RGB")
     if image.mode.startswith("I"):
         return _from_16_bit(image).convert("RGB")
+    if image.format in UNUSED_ALPHA and _is_clear(image):
+        return image.convert("RGB")
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 
+def _is_clear(image: Image.Image) -> bool:
+    return image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0)
+
+
 def _from_16_bit(image: Image.Image) -> Image.Image:
     levels = np.asarray(image).astype(np.float64)
-    if levels.min() < 0 or levels.max() > 65535:
+    if levels.min() < 0 or levels.max() > BITS_16_MAX:
         raise BadImage("32-bit integer pixels: the value range is unknown")
-    return Image.fromarray(np.round(levels / BITS_16_TO_8).astype(np.uint8))
+    tags = getattr(image, "tag_v2", {})
+    white = BITS_12_MAX if tags.get(TIFF_BITS) == (12,) else BITS_16_MAX
+    if tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO:
+        levels = white - levels
+    if "transparency" in image.info:
+        levels[levels == image.info["transparency"]] = white
+    return Image.fromarray(np.round(levels * (255 / white)).astype(np.uint8))
 
 
 def to_square(image: Image.Image, side_px: int, crop: Crop) -> Image.Image:

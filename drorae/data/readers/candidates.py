@@ -4,18 +4,15 @@ A listing is an Arrow table, because it holds millions of images: names, classes
 repeat are stored once. A `Candidate` is one row of it, made where the image is read.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from posixpath import splitext
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-)
-"""File names that count as images; anything else in a source is not a candidate."""
+from drorae.data.formats import IMAGE_SUFFIXES
 
 UNLABELLED = "all"
 """Class name of a source that has no classes."""
@@ -173,6 +170,25 @@ def _numbers(values: Sequence[int] | np.ndarray | int, count: int, kind: pa.Data
     return pa.array(np.full(count, values) if isinstance(values, int) else values, kind)
 
 
+def dictionary_of(table: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:
+    """A column whose values repeat, as codes of every row and the value of each code."""
+    column: Any = table.column(name).combine_chunks()
+    if isinstance(column, pa.ChunkedArray):  # an empty table has no chunk
+        return np.empty(0, np.int32), []
+    return column.indices.to_numpy(), column.dictionary.to_pylist()
+
+
+def with_values(table: pa.Table, name: str, codes: np.ndarray, values: Sequence[str]) -> pa.Table:
+    """The table with another column of values that repeat; inverse of `dictionary_of`."""
+    unique = {value: code for code, value in enumerate(dict.fromkeys(values))}
+    of_code = np.array([unique[value] for value in values], np.int32)
+    column = pa.DictionaryArray.from_arrays(
+        of_code[codes].astype(np.int32), pa.array(list(unique), pa.string())
+    )
+    place = table.schema.get_field_index(name)
+    return table.set_column(place, table.schema.field(place), column)
+
+
 def to_candidates(table: pa.Table) -> list[Candidate]:
     """Rows of a listing, or of a part of one, as candidates: about 500 bytes each."""
     columns = {name: table.column(name).to_pylist() for name in LISTING_SCHEMA.names}
@@ -217,8 +233,9 @@ def group_by_container(candidates: Sequence[Candidate]) -> Iterator[tuple[str, l
             start = stop
 
 
-def sort_class_names(names: set[str]) -> list[str]:
-    """Class names in label order: by number when all are numbers, else by text."""
-    if all(name.isdecimal() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
-    return sorted(names)
+def sort_class_names(names: Iterable[str]) -> list[str]:
+    """Class names in label order: by value when all are numbers, else by code point."""
+    unique = set(names)
+    if all(name.isdecimal() for name in unique):
+        return sorted(unique, key=lambda name: (int(name), name))
+    return sorted(unique)

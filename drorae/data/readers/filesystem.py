@@ -104,6 +104,20 @@ def check_exists(uri: str) -> None:
         )
 
 
+def is_folder(uri: str) -> bool:
+    """Whether a local path is a folder, or objects lie below a remote one: a request.
+
+    Raises:
+        RuntimeError: The object store refused or did not answer.
+    """
+    if not is_remote(uri):
+        return os.path.isdir(uri)
+    if is_s3(uri):
+        return any(page.objects for page in s3.list_pages(f"{uri.rstrip('/')}/"))
+    file_system, path = _remote(uri)
+    return file_system.isdir(path)
+
+
 def walk(
     uri: str, on_progress: ListingProgress = ignore_progress
 ) -> tuple[list[str], list[tuple[str, str]]]:

@@ -1,35 +1,47 @@
 """One door to all readers: the kind of a source, its candidates, their records."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
-import numpy as np
-import pyarrow as pa
+from dataclasses import replace
+from os.path import expanduser
 
 from drorae.data.assets.catalog import asset_path
+from drorae.data.readers.archives import CONTAINER_SUFFIXES
+from drorae.data.readers.assembling import Part, assemble
 from drorae.data.readers.candidates import (
-    UNLABELLED,
     Candidate,
     Listing,
+    Note,
     ReadRule,
     Record,
+    group_by_container,
     is_image_name,
     joined,
-    sort_class_names,
+    printable,
 )
 from drorae.data.readers.cifar import list_cifar, read_cifar
+from drorae.data.readers.completing import complete
 from drorae.data.readers.filesystem import (
     LISTING_THREADS,
     ListingProgress,
     check_exists,
     ignore_progress,
+    is_folder,
+    is_remote,
     walk,
 )
-from drorae.data.readers.folder import list_folder, read_files
+from drorae.data.readers.folder import (
+    SPARK_FILES,
+    is_candidate_name,
+    is_container_name,
+    list_folder,
+    others,
+    read_files,
+)
 from drorae.data.readers.parquet import list_parquet, read_parquet
 from drorae.data.readers.tar import list_tar, read_tar
 from drorae.data.readers.zipped import list_zip, read_zip
+from drorae.failure import Fatal
 
 ASSET_SCHEME = "asset:"
 """Prefix of a source that `drorae assets fetch` made."""
@@ -42,39 +54,40 @@ READERS: dict[str, Callable[[Sequence[Candidate]], Iterator[Record]]] = {
     "cifar": read_cifar,
 }
 
+BESIDE_CONTAINERS = "lies beside containers that hold most images"
+BESIDE_PICTURES = "holds {} images, but most lie beside it as files: set shard.source to it alone"
+
 
 def list_source(
     uri: str,
+    rule: ReadRule | None = None,
     *,
-    image_column: str = "image",
-    label_column: str = "label",
     on_progress: ListingProgress = ignore_progress,
 ) -> Listing:
-    """List all candidates of a source, sorted by key, every one with a class name.
+    """List all candidates of a source, sorted by key, with classes and splits.
 
-    No image is read. Memory and time grow with the images (`Listing`), requests with the containers
-    or, in an image folder on S3, by one for 1,000 images.
+    Every one has a class name, but for validation images that lie flat where training images do
+    not (`completing`). No image is read. Memory and time grow with the images (`Listing`), requests
+    with the containers or, in an image folder on S3, by one for 1,000 images.
 
     Args:
         uri: Folder, .tar, .zip or .parquet file, a folder of those, an s3:// place, or
             `asset:cifar10`.
-        image_column: Image column of Parquet files.
-        label_column: Label column of Parquet files.
+        rule: How images, labels and splits are found; none: the defaults.
         on_progress: Called with (folders or containers listed, in all).
 
     Raises:
         FileNotFoundError: The source does not exist.
-        ValueError: Nothing in it looks like an image.
+        ValueError: Nothing in it looks like an image, or its labels cannot be understood.
     """
-    rule = ReadRule(image_column=image_column, label_column=label_column)
-    listing = _list_any(uri, rule, on_progress)
+    listing = _list_any(expanduser(uri), rule or ReadRule(), on_progress)
     if not len(listing):
         reasons = "; ".join(f"{key}: {reason}" for key, reason in listing.rejects[:5])
         raise ValueError(
             f"source {uri!r} holds no image{f' ({reasons})' if reasons else ''}: expected image "
             "files, .tar, .zip or .parquet files. Correct shard.source."
         )
-    return _complete(listing)
+    return complete(listing)
 
 
 def check_source(uri: str) -> None:
@@ -87,85 +100,149 @@ def check_source(uri: str) -> None:
     if uri.startswith(ASSET_SCHEME):
         asset_path(uri.removeprefix(ASSET_SCHEME))
     else:
-        check_exists(uri)
+        check_exists(expanduser(uri))
 
 
 def read_records(candidates: Sequence[Candidate]) -> Iterator[Record]:
-    """Content of candidates, in their order; neighbours of one container are read together."""
+    """Content of candidates, in their order; neighbours of one container are read together.
+
+    What a reader did not expect is an error of the candidates of that container.
+
+    Raises:
+        OSError: A disk or an object store failed, which says nothing of an image.
+        RuntimeError: The same.
+    """
     start = 0
     for stop in range(1, len(candidates) + 1):
         if stop == len(candidates) or candidates[stop].kind != candidates[start].kind:
-            yield from READERS[candidates[start].kind](candidates[start:stop])
+            yield from _read_run(candidates[start:stop])
             start = stop
 
 
+def _read_run(candidates: Sequence[Candidate]) -> Iterator[Record]:
+    """Content of candidates of one kind."""
+    while candidates:
+        num_read = 0
+        try:
+            for record in READERS[candidates[0].kind](candidates):
+                yield record
+                num_read += 1
+            return
+        except Exception as error:
+            if _is_of_store(error):
+                raise
+            _, rest = next(group_by_container(candidates[num_read:]))
+            reason = f"cannot be read: {type(error).__name__}: {error}"
+            yield from (Record(candidate, None, reason) for candidate in rest)
+            candidates = candidates[num_read + len(rest) :]
+
+
+def _is_of_store(error: Exception) -> bool:
+    """Whether an error tells of a disk or an object store, and not of what lies there."""
+    # Arrow's and Python's errors of content derive from RuntimeError too.
+    return isinstance(error, OSError | Fatal) or type(error) is RuntimeError
+
+
 def _list_any(uri: str, rule: ReadRule, on_progress: ListingProgress) -> Listing:
-    def list_containers(root: str, uris: Sequence[str]) -> Listing:
-        def list_one(container: str) -> Listing:
-            name = container[len(root) :].lstrip("/")
-            return _list_container(container, name, rule)
-
-        return _list_each(uris, list_one, on_progress)
-
     if uri.startswith(ASSET_SCHEME):
         return list_cifar(str(asset_path(uri.removeprefix(ASSET_SCHEME))))
-    if _container_suffix(uri):
+    if is_container_name(uri) and not is_folder(uri):
         check_exists(uri)
-        return list_containers(uri.rpartition("/")[0], [uri])
-    names, rejects = walk(uri, on_progress)
-    containers = [name for name in names if _container_suffix(name)]
-    if containers and not any(is_image_name(name) for name in names):
-        root = uri.rstrip("/")
-        return list_containers(root, [f"{root}/{name}" for name in containers])
-    return list_folder(uri, names, rejects)
+        root, _, name = uri.rpartition("/")
+        return assemble(list(_parts(root, [name], rule, on_progress)), rule)
+    names, walked = walk(uri, on_progress)
+    rejects = [(printable(key), reason) for key, reason in walked]
+    names = [name for name in names if name.rpartition("/")[2] not in SPARK_FILES]
+    containers = [name for name in names if is_container_name(name)]
+    root = uri.rstrip("/")
+    if not containers:
+        found = assemble([Part("", list_folder(uri, names, rule))], rule)
+    elif any(is_image_name(name) for name in names):
+        found = _list_mixed(root, names, rule, on_progress)
+    else:
+        found = assemble(list(_parts(root, containers, rule, on_progress)), rule)
+        found = _with_rejects(found, _beside_containers(names))
+    return _with_rejects(found, rejects)
 
 
-def _container_suffix(name: str) -> str:
-    suffixes = (".tar", ".zip", ".parquet", ".tar.gz", ".tgz")
-    return next((suffix for suffix in suffixes if name.lower().endswith(suffix)), "")
+def _list_mixed(
+    root: str, names: Sequence[str], rule: ReadRule, on_progress: ListingProgress
+) -> Listing:
+    """Pictures beside containers: what holds most images is the source, the rest are rejects."""
+    containers = [name for name in names if is_container_name(name)]
+    parts = list(_parts(root, containers, rule, on_progress, others_hold_images=True))
+    in_parts = sum(len(part.listing) for part in parts)
+    pictures = sum(is_image_name(name) for name in names)
+    text = f"{pictures} pictures lie beside {len(parts)} containers with {in_parts} images: only "
+    if pictures > in_parts:
+        files = [name for name in names if not is_container_name(name)]
+        found = assemble([Part("", list_folder(root, files, rule))], rule)
+        left_out = [
+            (printable(part.name), BESIDE_PICTURES.format(len(part.listing))) for part in parts
+        ]
+        text += "the pictures are read; "
+    else:
+        found = assemble(parts, rule)
+        left_out = _beside_containers(names)
+        text += "the containers are read; "
+    note = Note(f"{text}set shard.source to the part that is meant", is_doubtful=True)
+    return _with_rejects(replace(found, notes=(note, *found.notes)), left_out)
+
+
+def _beside_containers(names: Sequence[str]) -> list[tuple[str, str]]:
+    rejects, _ = others(names)
+    files = [name for name in names if is_candidate_name(name)]
+    return [*rejects, *((printable(name), BESIDE_CONTAINERS) for name in files)]
+
+
+def _with_rejects(listing: Listing, rejects: Iterable[tuple[str, str]]) -> Listing:
+    return replace(listing, rejects=[*listing.rejects, *rejects])
+
+
+def _parts(
+    root: str,
+    names: Sequence[str],
+    rule: ReadRule,
+    on_progress: ListingProgress,
+    *,
+    others_hold_images: bool = False,
+) -> Iterator[Part]:
+    """Listings of containers, in their order.
+
+    Args:
+        root: Folder of the containers.
+        names: Their names in it.
+        rule: How images and labels are found.
+        on_progress: Called with (containers listed, in all).
+        others_hold_images: Whether a container without an image column may be something else.
+    """
+
+    def list_one(name: str) -> Listing:
+        uri = f"{root}/{name}" if root or name.startswith("/") else name
+        try:
+            return _list_container(uri, name, rule)
+        except ValueError as error:
+            if not others_hold_images:
+                raise
+            return Listing(joined([]), [(printable(name), str(error))])
+        except Exception as error:
+            if is_remote(uri) and _is_of_store(error):
+                raise
+            reason = f"cannot be listed: {type(error).__name__}: {error}"
+            return Listing(joined([]), [(printable(name), reason)])
+
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        for done, (name, listing) in enumerate(
+            zip(names, pool.map(list_one, names), strict=True), 1
+        ):
+            yield Part(name, listing)
+            on_progress(done, len(names))
 
 
 def _list_container(uri: str, name: str, rule: ReadRule) -> Listing:
-    suffix = _container_suffix(uri)
+    suffix = next(s for s in CONTAINER_SUFFIXES if name.lower().endswith(s))
     if suffix == ".zip":
         return list_zip(uri, name, rule)
     if suffix == ".parquet":
         return list_parquet(uri, name, rule)
     return list_tar(uri, name, rule)
-
-
-def _list_each(
-    uris: Sequence[str], list_one: Callable[[str], Listing], on_progress: ListingProgress
-) -> Listing:
-    parts: list[Listing] = []
-    with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        for part in pool.map(list_one, uris):
-            parts.append(part)
-            on_progress(len(parts), len(uris))
-    return Listing(
-        table=joined([part.table for part in parts]),
-        rejects=[reject for part in parts for reject in part.rejects],
-        class_names=next((part.class_names for part in parts if part.class_names), ()),
-    )
-
-
-def _complete(listing: Listing) -> Listing:
-    """Sorted by key, and with a class for every candidate."""
-    table = listing.table.sort_by("key").combine_chunks()
-    classes: Any = table["class_name"].combine_chunks()
-    is_named = np.array([name != "" for name in classes.dictionary.to_pylist()], bool)
-    has_class = is_named[classes.indices.to_numpy()]
-    rejects = list(listing.rejects)
-    if has_class.any():
-        left_out = table.filter(pa.array(~has_class))["key"].to_pylist()
-        rejects += [(key, "has no label although others have") for key in left_out]
-        table = table.filter(pa.array(has_class)).combine_chunks()
-    else:
-        codes = np.zeros(len(table), np.int32)
-        everything = pa.DictionaryArray.from_arrays(codes, pa.array([UNLABELLED]))
-        position = table.schema.get_field_index("class_name")
-        table = table.set_column(position, table.schema.field(position), everything)
-    names = listing.class_names or tuple(
-        sort_class_names(set(table["class_name"].unique().to_pylist()))
-    )
-    return Listing(table, rejects, names)

@@ -1,32 +1,56 @@
 """Tar archives: class folders, or webdataset (`NAME.jpg` beside `NAME.cls` or `NAME.json`).
 
 Listing reads headers and the small label members; images are read later by offset, also from an
-object store. Compressed tar files allow no random access and are refused.
+object store. Compressed tar files allow no random access and are refused. `tar_members` says what
+an archive holds, `webdataset` which of it are images with what label.
 """
 
-import json
-import tarfile
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+import pyarrow as pa
 
 from drorae.data.readers.candidates import (
     Candidate,
     Listing,
+    Note,
     ReadRule,
     Record,
-    first_folder,
-    is_image_name,
     listed,
     printable,
 )
+from drorae.data.readers.damage import is_damage, reason_of
 from drorae.data.readers.filesystem import open_file
 from drorae.data.readers.ranges import Span, read_spans
-
-LABEL_KEYS = ("label", "cls", "class", "class_name")
-"""Names under which the JSON beside a webdataset image may give its class."""
+from drorae.data.readers.tar_members import (
+    REPLACED,
+    Entry,
+    Link,
+    Members,
+    Place,
+    expanded,
+    followed,
+    read_members,
+    read_place,
+)
+from drorae.data.readers.webdataset import (
+    Label,
+    is_image_member,
+    is_label_member,
+    member_label,
+    pick_images,
+)
 
 READ_AHEAD_BYTES = 8 << 20
 """Headers lie between the images: listing reads an archive from start to end."""
+
+MAX_MEMBER_LABEL_BYTES = 16 << 20
+"""Longest member that is read as the label of one image."""
+
+ARCHIVE_SUFFIXES = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar", ".parquet")
+"""Members that may hold images and are not opened."""
+
+NESTED = "is an archive inside an archive: unpack it, and give shard.source the folder"
 
 
 def list_tar(uri: str, name: str, rule: ReadRule) -> Listing:
@@ -36,79 +60,133 @@ def list_tar(uri: str, name: str, rule: ReadRule) -> Listing:
         uri: The tar file.
         name: Its name inside the source; keys start with it.
         rule: Where images and labels are.
+
+    Returns:
+        Images with the label that is stated beside them; nothing is derived from folders.
+
+    Raises:
+        RuntimeError: An object store refused or did not answer.
     """
-    images: list[tuple[str, int, int]] = []
-    labels: dict[str, str] = {}
+    members, labels = Members(), {}
+    try:
+        with open_file(uri, READ_AHEAD_BYTES) as file:
+            _read(file, uri, rule, members, labels)
+    except Exception as error:
+        if not is_damage(error, uri):
+            raise
+        members.damage = members.damage or f"cannot be read: {reason_of(error)}"
+    return _listing(uri, name, rule, members, labels)
+
+
+def _read(file: Any, uri: str, rule: ReadRule, members: Members, labels: dict[str, Label]) -> None:
+    """Walk the archive; labels are read where they lie, those behind links afterwards."""
+    same: dict[Label, Label] = {}
+
+    def read_label(member: str, place: Place) -> None:
+        labels.pop(member, None)
+        if is_label_member(member, rule) and not is_hidden(member):
+            label = _label(file, member, place, rule)
+            if label:
+                labels[member] = same.setdefault(label, label)
+
+    read_members(file, uri, read_label, members)
+    for member, entry in members.entries.items():
+        if not isinstance(entry, Place) and is_label_member(member, rule):
+            labels.pop(member, None)
+            place = followed(member, members.entries)
+            if isinstance(place, Place):
+                read_label(member, place)
+
+
+def _label(file: Any, member: str, place: Place, rule: ReadRule) -> Label | None:
+    if place.size_bytes > MAX_MEMBER_LABEL_BYTES:
+        return Label("", f"{printable(member)} has {place.size_bytes} bytes")
+    return member_label(member, read_place(file, place), rule)
+
+
+def _listing(
+    uri: str, name: str, rule: ReadRule, members: Members, labels: dict[str, Label]
+) -> Listing:
+    places: dict[str, Place] = {}
     rejects: list[tuple[str, str]] = []
-    with open_file(uri, READ_AHEAD_BYTES) as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                for info in archive:
-                    _sort_member(archive, info, images, labels)
-                    # Else every header is kept, 2 kB each.
-                    archive.members = []  # pyright: ignore[reportAttributeAccessIssue]
-        except (tarfile.TarError, OSError, EOFError) as error:
-            rejects.append((printable(name), f"tar archive is damaged or compressed: {error}"))
-    table = listed(
+    hidden = 0
+    for member, entry in members.entries.items():
+        is_image = is_image_member(member, rule)
+        if is_hidden(member):
+            hidden += is_image
+        elif is_image:
+            place = followed(member, members.entries)
+            if isinstance(place, Place):
+                places[member] = place
+            else:
+                rejects.append((member, _why_not(entry, place)))
+        elif member.lower().endswith(ARCHIVE_SUFFIXES):
+            rejects.append((member, NESTED))
+    rejects += [(m, REPLACED) for m in members.replaced if is_image_member(m, rule)]
+    picked, notes = pick_images(list(places), labels, rule)
+    rejects = [(f"{name}/{member}", reason) for member, reason in rejects + picked.rejects]
+    if members.damage:
+        rejects.append((name, f"tar archive {members.damage}"))
+    return Listing(
+        table=_table(uri, name, picked.rows, places),
+        rejects=[(printable(key), printable(reason)) for key, reason in rejects],
+        notes=(*notes, *_notes(members, hidden)),
+        has_stated_labels=picked.has_stated_labels,
+    )
+
+
+def _table(
+    uri: str, name: str, rows: Sequence[tuple[str, str]], places: dict[str, Place]
+) -> pa.Table:
+    return listed(
         "tar",
         uri,
-        keys=[printable(f"{name}/{member}") for member, _, _ in images],
-        class_names=[
-            labels.get(_stem(member), printable(first_folder(member))) for member, _, _ in images
-        ],
-        index=[start for _, start, _ in images],
-        size_bytes=[size for _, _, size in images],
+        keys=[printable(f"{name}/{member}") for member, _ in rows],
+        class_names=[label for _, label in rows],
+        index=[places[member].start for member, _ in rows],
+        size_bytes=[places[member].size_bytes for member, _ in rows],
+        member=[places[member].pieces for member, _ in rows],
     )
-    return Listing(table, rejects)
 
 
-def _sort_member(
-    archive: tarfile.TarFile,
-    info: tarfile.TarInfo,
-    images: list[tuple[str, int, int]],
-    labels: dict[str, str],
-) -> None:
-    info.name = info.name.removeprefix("./")
-    if not info.isfile():
-        return
-    if is_image_name(info.name):
-        images.append((info.name, info.offset_data, info.size))
-    elif info.name.endswith((".cls", ".json")):
-        member = archive.extractfile(info)
-        label = _label(info.name, member.read() if member else b"")
-        if label:
-            labels[_stem(info.name)] = label
+def is_hidden(member: str) -> bool:
+    """Whether a member or a folder around it is hidden, or is what macOS adds to archives."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in member.split("/"))
 
 
-def _stem(name: str) -> str:
-    folder, sign, base = name.rpartition("/")
-    return f"{folder}{sign}{base.split('.')[0]}"
+def _why_not(entry: Entry, target: Entry | None) -> str:
+    """Why an entry is no file that can be read."""
+    if not isinstance(entry, Link):
+        return str(entry)
+    if target is None:
+        return f"link to {entry.text}, which the archive does not hold"
+    return f"link to {entry.text}, which {target}"
 
 
-def _label(name: str, data: bytes) -> str:
-    text = data.decode("utf-8", "replace").strip()
-    if name.endswith(".cls"):
-        return text
-    try:
-        fields: Any = json.loads(text)
-    except ValueError:
-        return ""
-    if not isinstance(fields, dict):
-        return ""
-    return next((str(fields[key]) for key in LABEL_KEYS if key in fields), "")
+def _notes(members: Members, num_hidden: int) -> Iterator[Note]:
+    if num_hidden:
+        yield Note(f"{num_hidden} hidden images are left out")
+    if members.num_ends > 1:
+        yield Note(f"tar archive is {members.num_ends} joined ones: all are read", True)
+    if not members.num_ends and not members.damage:
+        yield Note("tar archive has no end mark: it may be cut off", is_doubtful=True)
 
 
-def tar_span(candidate: Candidate) -> Span:
-    """Where the content of a member lies in its archive."""
+def tar_span(candidate: Candidate) -> Span | None:
+    """Where the content of a member lies in its archive; none if it is sparse."""
+    return None if candidate.member else _stored_span(candidate)
+
+
+def _stored_span(candidate: Candidate) -> Span:
     return Span(candidate.container, candidate.index, candidate.size_bytes)
 
 
 def read_tar(candidates: Sequence[Candidate]) -> Iterator[Record]:
     """Read members by offset; neighbours are read together."""
-    contents = read_spans([tar_span(candidate) for candidate in candidates])
+    contents = read_spans([_stored_span(candidate) for candidate in candidates])
     for candidate, data in zip(candidates, contents, strict=True):
         if not isinstance(data, OSError):
-            yield Record(candidate, data)
+            yield Record(candidate, expanded(data, candidate.member))
         elif data.errno is None:
             yield Record(candidate, None, f"truncated archive: {data}")
         else:

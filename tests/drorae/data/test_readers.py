@@ -127,52 +127,11 @@ def test_source_without_images_is_an_error(tmp_path: Path):
         list_source(str(tmp_path))
 
 
-def test_webdataset_labels_come_from_cls_and_json(tmp_path: Path):
-    picture = encoded(pixels(0))
-    members = {
-        "a.jpg": picture,
-        "a.cls": b"10",
-        "b.jpg": encoded(pixels(1)),
-        "b.json": json.dumps({"label": 2}).encode(),
-        "c.jpg": picture,
-        "c.json": b"{broken",
-        "d.jpg": picture,
-        "d.json": b"[1]",
-    }
-    listing = list_source(str(write_tar(tmp_path / "set.tar", members)))
-    labels = {c.key: c.class_name for c in to_candidates(listing.table)}
-    assert labels == {"set.tar/a.jpg": "10", "set.tar/b.jpg": "2"}
-    assert listing.class_names == ("2", "10")
-    assert [key for key, _ in listing.rejects] == ["set.tar/c.jpg", "set.tar/d.jpg"]
-    assert contents(tmp_path / "set.tar")["set.tar/b.jpg"] == encoded(pixels(1))
-
-
 def test_folder_of_tar_files_is_one_source(tmp_path: Path):
     for name in ("a", "b"):
         write_tar(tmp_path / f"{name}.tar", {"./cat/1.png": encoded(pixels(0))})
     assert keys(tmp_path) == ["a.tar/cat/1.png", "b.tar/cat/1.png"]
     assert list_source(str(tmp_path)).class_names == ("cat",)
-
-
-def test_damaged_tar_keeps_the_members_before_the_damage(tmp_path: Path):
-    members = {f"cat/{i}.png": encoded(pixels(i)) for i in range(3)}
-    whole = write_tar(tmp_path / "whole.tar", members).read_bytes()
-    (tmp_path / "whole.tar").write_bytes(whole[: len(whole) // 2])
-    listing = list_source(str(tmp_path / "whole.tar"))
-    assert to_candidates(listing.table)
-    records = list(read_records(to_candidates(listing.table)))
-    assert any(r.error for r in records) or listing.rejects
-
-
-def test_compressed_tar_is_refused_with_a_reason(tmp_path: Path):
-    write_tar(tmp_path / "set.tar.gz", {"cat/1.png": encoded(pixels(0))}, "w:gz")
-    with pytest.raises(ValueError, match="compressed"):
-        list_source(str(tmp_path / "set.tar.gz"))
-
-
-def test_vanished_tar_gives_errors_not_a_crash(tmp_path: Path):
-    gone = Candidate("k", "c", "", "tar", str(tmp_path / "gone.tar"), 0, 3)
-    assert next(iter(read_records([gone]))).error
 
 
 def test_zip_inside_one_top_folder(tmp_path: Path):

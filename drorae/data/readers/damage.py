@@ -1,0 +1,63 @@
+"""What failures inside a reader mean: damage of a file, or a store that does not answer.
+
+Damage is a reject. A store that fails says nothing of the images, so its errors end the stage.
+"""
+
+import struct
+import tarfile
+import zipfile
+import zlib
+
+import pyarrow as pa
+
+from drorae.data.readers.candidates import printable
+from drorae.data.readers.filesystem import is_remote
+
+MAX_IMAGE_BYTES = 1 << 30
+"""Files of this length or more are no pictures: they are not read into memory."""
+
+MAX_LABEL_BYTES = 1 << 30
+"""Longest label file that is read: the one of ImageNet has 50 MB."""
+
+TOO_LONG = f"is longer than {MAX_IMAGE_BYTES >> 20} MiB, which no picture is"
+
+REASON_CHARACTERS = 200
+"""Parsers quote what they cannot read, sometimes all of it."""
+
+_OF_CONTENT = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    pa.ArrowException,
+    struct.error,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What parsers raise on damaged input, whatever they mean by it."""
+
+
+def is_damage(error: Exception, uri: str) -> bool:
+    """Whether a failure while a file was read is about its content; else it is to be raised.
+
+    Args:
+        error: The failure.
+        uri: The file. A local one that cannot be read is damaged too.
+    """
+    if not is_remote(uri) or isinstance(error, _OF_CONTENT):
+        return True
+    # pyarrow reports damaged pages so; errors of a store have a class or a number.
+    return type(error) is OSError and error.errno is None
+
+
+def reason_of(error: Exception) -> str:
+    """A failure in one line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return printable(" ".join(str(text).split()))[:REASON_CHARACTERS]
