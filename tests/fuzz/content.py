@@ -73,7 +73,7 @@ def read(source: Source) -> Outcome:
         listing = list_source(str(source.path))
     except (ValueError, FileNotFoundError) as error:
         text = str(error)
-        if str(source.path) not in text:
+        if repr(str(source.path))[1:-1] not in text and str(source.path) not in text:
             raise Fault(
                 f"the error does not name the source: {type(error).__name__}: {text}"
             ) from error

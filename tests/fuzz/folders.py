@@ -56,6 +56,8 @@ def build(draw: Draw, folder: Path) -> Source:
     writer = FolderWriter(draw, path)
     for name in draw.some(NO_IMAGES, draw.number(0, 2)):
         writer.add(name, draw.bytes(draw.number(0, 99)))
+        if not name.startswith("."):
+            writer.source.rejects[name] += 1
     draw.pick((_classes, _classes, _splits, _flat, _metadata, _dataset_json))(writer)
     return writer.source
 

@@ -37,13 +37,9 @@ class TarWriter:
         return f"{self.source.path.name}/{name}"
 
     def image(self, name: str, class_name: str, data: bytes) -> None:
-        """A picture that is a row of this class, or a reject when it needs a label and has none."""
+        """A picture that is a row of this class."""
         self.add(name, data)
         self.source.rows[self.key(name)] = Row(class_name, data)
-
-    def refused(self, name: str, data: bytes) -> None:
-        self.add(name, data)
-        self.source.rejects[self.key(name)] += 1
 
     def close(self) -> Source:
         self.archive.close()
@@ -60,6 +56,8 @@ def build(draw: Draw, folder: Path) -> Source:
     writer = TarWriter(draw, folder / f"{different_names(draw, 1)[0]}.tar")
     for name in draw.some(NO_IMAGES, draw.number(0, 3)):
         writer.add(name, draw.bytes(draw.number(0, 600)))
+        if name.endswith(".tar"):
+            writer.source.rejects[writer.key(name)] += 1
     draw.pick((_class_folders, _class_folders, _samples, _samples, _flat))(writer)
     return writer.close()
 
@@ -169,8 +167,7 @@ def _samples(writer: TarWriter) -> None:
         if not is_missing:
             members.append(state(draw, folder + stem, label))
         if with_masks:
-            members.append((f"{folder}{stem}.mask.png", picture(100 + number)))
-            writer.source.rejects[writer.key(members[-1][0])] += 1
+            members.append((f"{folder}{stem}.mask.png", picture(100 + number)))  # left out
         for member in members if draw.chance(0.5) else members[::-1]:
             writer.add(*member)
         if is_missing or label_is_none(members[1][1]):

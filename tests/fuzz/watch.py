@@ -15,8 +15,8 @@ from typing import Any
 from drorae.data.readers.candidates import printable
 from tests.fuzz.readers import source_folder
 
-HANG_S = 20.0
-"""An iteration takes milliseconds; imports of a new child take seconds."""
+START_S, HANG_S = 180.0, 30.0
+"""Longest silence of a child while it imports, and in an iteration, which takes milliseconds."""
 
 MAX_FAILURES = 20
 """Failures of one reader after which it ends."""
@@ -87,8 +87,9 @@ class Watch:
 def _lines(child: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
     """Lines of a child until it ends, or is silent for too long."""
     assert child.stdout is not None
-    stream, rest = child.stdout.fileno(), b""
-    while select.select([stream], [], [], HANG_S)[0]:
+    stream, rest, patience_s = child.stdout.fileno(), b"", START_S
+    while select.select([stream], [], [], patience_s)[0]:
+        patience_s = HANG_S
         data = os.read(stream, 65536)
         if not data:
             child.wait()
