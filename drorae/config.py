@@ -26,6 +26,7 @@ __all__ = [
     "Resources",
     "canonical_json",
     "digest",
+    "expand_home",
     "field_docs",
     "flatten",
     "from_json",
@@ -121,6 +122,7 @@ class Compute:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        expand_home(self, "cache_path")
         counts = ("num_workers", "threads_per_worker", "loader_threads")
         for name in (*counts, "data_actors", "parallel_stages"):
             _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
@@ -171,6 +173,18 @@ class FieldDoc:
     path: str
     value: Any
     doc: str
+
+
+def expand_home(config: Any, *names: str) -> None:
+    """Replace `~` by the home folder in the fields that hold paths; called in `__post_init__`.
+
+    So it is the same whether a recipe, JSON or `--set shard.source=~/photos`, whose `~` a shell
+    leaves as it is, gave the path.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, str):
+            object.__setattr__(config, name, os.path.expanduser(value))
 
 
 def _require(ok: bool, name: str, value: Any, expected: str) -> None:
@@ -325,9 +339,9 @@ def override(config: T, assignments: Sequence[str]) -> T:
 
     A path may leave out inner sections when exactly one field fits: `fusion.expert_hidden` is
     `fusion.model.expert_hidden`. Values are JSON (`1e-4`, `true`, `[1,2]`, `null`); what is no JSON
-    is taken as text, with `~` for the home folder. All assignments are applied before any class
-    checks itself, so that fields which have to fit each other can change together, in any order. Of
-    two for one field the later wins.
+    is taken as text. All assignments are applied before any class checks itself, so that fields
+    which have to fit each other can change together, in any order. Of two for one field the later
+    wins.
 
     Raises:
         ValueError: No `=`, unknown path (close matches are listed), ambiguous path, wrong type, or
@@ -367,8 +381,7 @@ def _parse(text: str, kind: Any) -> Any:
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
-        # A shell leaves the ~ of `--set shard.source=~/photos` as it is.
-        return os.path.expanduser(text)
+        return text
     # A folder may be called 2012.
     if kind is str or (value is not None and set(get_args(kind)) == {str, type(None)}):
         return value if isinstance(value, str) else text

@@ -15,6 +15,8 @@ from pipelines.plan import RunPlan
 
 RANDOM_WEIGHTS = "random"
 """Source of a critic without pretrained weights."""
+NO_FILES = ("shard.source", "shard.val_source", "encoder.source")
+"""Settings that may also name a folder, or what a hub knows."""
 MIN_FREE_BYTES = 64 << 20
 """Less than this holds the run's databases and logs (5 MB, smoke, 2026-11-22) and little else."""
 
@@ -29,7 +31,7 @@ def check_machine(plan: RunPlan, root: Path) -> None:
         root: Folder of the run's databases and logs.
 
     Raises:
-        FileNotFoundError: An asset, a file of weights or the source is missing.
+        FileNotFoundError: An asset, a file of weights or of labels, or the source is missing.
         ValueError: An unknown asset.
         RuntimeError: The disk is full.
     """
@@ -45,19 +47,21 @@ def check_machine(plan: RunPlan, root: Path) -> None:
 
         for source in sorted(set(_sources(plan))):
             check_source(source)
-        _check_weights(plan)
+        _check_files(plan)
 
 
-def _check_weights(plan: RunPlan) -> None:
-    """Raise for a file of weights that is not there; an encoder may be known to a hub instead."""
+def _check_files(plan: RunPlan) -> None:
+    """Raise for a file of weights or labels that is not there; a hub may know an encoder."""
     for stage in plan.stages_to_run():
         for path in stage.sources(plan.full):
-            section, value = path.split(".")[0], stages.setting(plan.full, path)
-            is_file = section not in ("shard", "encoder") and not _has_scheme(value)
-            if value and is_file and value != RANDOM_WEIGHTS and not os.path.isfile(value):
+            value = stages.setting(plan.full, path)
+            if not value or path in NO_FILES or _has_scheme(value) or value == RANDOM_WEIGHTS:
+                continue
+            if not os.path.isfile(os.path.expanduser(value)):
+                kind = "labels" if path.startswith("shard.") else "weights"
                 raise FileNotFoundError(
                     f"{path}={value!r} does not exist, but stage {stage.name} reads it: expected a "
-                    f"file of weights. Correct it with --set {path}=FILE."
+                    f"file of {kind}. Correct it with --set {path}=FILE."
                 )
 
 

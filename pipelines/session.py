@@ -3,9 +3,11 @@
 import os
 import threading
 import time
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -91,6 +93,7 @@ class Session:
         self._workspace = Workspace(plan.request.workspace)
         self._prefect_run_id = prefect_run_id
         self._steps = {step.stage: step for step in plan.steps}
+        self._shown: set[tuple[str, str]] = set()
         root, address = local_root(self._workspace), cluster_address()
         self._slots = Slots(
             jobs or (len(plan.steps) if address else plan.full.compute.parallel_stages)
@@ -128,7 +131,9 @@ class Session:
             self._display.started(name)
             outcome = self._launch(stage, step)
             self._record(step, outcome, time.monotonic() - started_s)
-        stages.check_output(self.plan.full, name, self._find(step), self.plan.stages_to_run())
+        output = self._find(step)
+        self._show_notes(name, stage.notes(output))
+        stages.check_output(self.plan.full, name, output, self.plan.stages_to_run())
         return self.outcomes[name].uri
 
     def stop(self) -> None:
@@ -149,7 +154,7 @@ class Session:
             result = self._launcher.run(
                 spec,
                 uses_ray=stage.uses_ray,
-                on_progress=lambda progress: self._display.progress(stage.name, progress),
+                on_progress=lambda progress: self._show(stage.name, progress),
             )
         except Stopped:
             self._runs.finish_stage(stage.name, "KILLED")
@@ -163,6 +168,17 @@ class Session:
             raise
         self._runs.finish_stage(stage.name, "FINISHED")
         return result.outcome
+
+    def _show(self, name: str, progress: dict[str, Any]) -> None:
+        self._show_notes(name, progress.get("notes", ()))
+        self._display.progress(name, progress)
+
+    def _show_notes(self, name: str, lines: Sequence[str]) -> None:
+        """Show lines about a stage, each once."""
+        for line in lines:
+            if (name, line) not in self._shown:
+                self._shown.add((name, line))
+                self._display.note(f"{name}: {line}")
 
     def _spec(self, stage: stages.Stage, step: Step) -> JobSpec:
         full = self.plan.full

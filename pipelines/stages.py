@@ -13,7 +13,12 @@ from typing import Any
 
 from drorae.config import ACCELERATED, Resources, to_json
 from drorae.data.fingerprint import Fingerprint
-from drorae.recipes.data_check import check_classes, check_evaluation, check_validation
+from drorae.recipes.data_check import (
+    check_classes,
+    check_evaluation,
+    check_validation,
+    reading_notes,
+)
 from drorae.store.keys import stage_key
 from drorae.store.workspace import StageOutput
 
@@ -63,6 +68,10 @@ def _measure_sources(full: Any) -> tuple[str, ...]:
     return ("encoder.source", *(("evaluate.inception_weights_path",) if has_file else ()))
 
 
+def _no_notes(output: StageOutput) -> list[str]:
+    return []
+
+
 def _check_trained(full: Any, shards: StageOutput | None, stage: str) -> None:
     if _is_trained(full):
         check_validation(full, shards, stage)
@@ -91,6 +100,7 @@ class Stage:
             they contain, not where they lie.
         checks: What it asks of outputs, by the stage that makes them (a need or not): checked when
             a run is planned, and as soon as that output is made.
+        notes: Lines about its output that the user should see.
     """
 
     name: str
@@ -105,6 +115,7 @@ class Stage:
     workers: Resources = ACCELERATED
     sources: Callable[[Any], tuple[str, ...]] = _no_sources
     checks: Mapping[str, Check] = field(default_factory=dict)
+    notes: Callable[[StageOutput], list[str]] = _no_notes
 
 
 STAGES: tuple[Stage, ...] = (
@@ -113,9 +124,13 @@ STAGES: tuple[Stage, ...] = (
         needs=(),
         sections=("shard",),
         entry="drorae.data.sharding:run_shard",
-        version=2,
+        version=3,
         workers=PIXELS,
-        sources=lambda full: ("shard.source", "shard.val_source"),
+        sources=lambda full: (
+            *("shard.source", "shard.val_source"),
+            *("shard.label_file", "shard.val_label_file"),
+        ),
+        notes=reading_notes,
     ),
     Stage(
         name="decoder",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from drorae.data.readers.candidates import Listing
+from drorae.data.readers.candidates import Listing, dictionary_of
 from drorae.data.selection import BAD, UNKNOWN, hash_order, val_mask
 from drorae.data.shard_files import CHECKED_SCHEMA, SHARD_PLAN_SCHEMA, pack_uri, read_checked
 
@@ -25,7 +25,7 @@ class Candidates:
     listing: Listing
     """The listing."""
     labels: np.ndarray
-    """Class of each candidate, int32."""
+    """Class of each candidate, int32; -1 where it has none."""
     rank: np.ndarray
     """Place of each candidate in hash order, int64."""
     orders: dict[str, np.ndarray]
@@ -39,12 +39,14 @@ class Candidates:
         is_val = val_mask(_values(listing.table["key"]), splits, seed, val_fraction)[order]
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order))
-        number = {name: label for label, name in enumerate(listing.class_names)}
-        classes: Any = listing.table["class_name"].combine_chunks()
-        of_code = np.array([number[name] for name in classes.dictionary.to_pylist()], np.int32)
+        number = {"": -1} | {name: label for label, name in enumerate(listing.class_names)}
+        codes, names = dictionary_of(listing.table, "class_name")
+        of_code = np.full(len(names), -1, np.int32)
+        for code in np.unique(codes).tolist():  # rows that were left out may have had others
+            of_code[code] = number[names[code]]
         return cls(
             listing=listing,
-            labels=of_code[classes.indices.to_numpy()],
+            labels=of_code[codes],
             rank=rank,
             orders={"train": order[~is_val], "val": order[is_val]},
         )

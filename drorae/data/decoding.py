@@ -102,7 +102,8 @@ def _decode(data: bytes, limits: ImageLimits) -> Image.Image:
     file = essentials(data, name)
     _check_file(file, limits)
     with _reasons(name), Image.open(io.BytesIO(file.data), formats=(name,)) as image:
-        _check_frames(max(file.num_frames, getattr(image, "n_frames", 1)), name)
+        if name != "HEIF":  # whose further pictures stand beside the main one
+            _check_frames(getattr(image, "n_frames", 1))
         _check_size(image.size, limits)
         image.load()
         _check_complete(image, file.data)
@@ -110,8 +111,8 @@ def _decode(data: bytes, limits: ImageLimits) -> Image.Image:
         return upright(rgb, file.orientation or orientation_of(image.info.get("exif") or b""))
 
 
-def _check_frames(num_frames: int, name: str) -> None:
-    if num_frames > 1 and name != "HEIF":  # whose further pictures stand beside the main one
+def _check_frames(num_frames: int) -> None:
+    if num_frames > 1:
         raise BadImage(f"animated or multi-page: {num_frames} frames")
 
 
@@ -141,6 +142,7 @@ def _register_heif() -> None:
 def _check_file(file: Essentials, limits: ImageLimits) -> None:
     if file.problem:
         raise BadImage(file.problem)
+    _check_frames(file.num_frames)
     if file.size_px and file.size_px[0] * file.size_px[1] > limits.max_pixels:
         width, height = file.size_px
         raise BadImage(f"{width}x{height} is more than {limits.max_pixels} pixels")

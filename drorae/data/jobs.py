@@ -6,6 +6,8 @@ Planning a run imports nothing heavier.
 from dataclasses import dataclass
 from typing import Literal
 
+from drorae.config import expand_home
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardJob:
@@ -72,6 +74,7 @@ class ShardJob:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        expand_home(self, "source", "val_source", "label_file", "val_label_file")
         for name in ("resolution_px", "rows_per_shard", "min_side_px", "max_pixels"):
             _require(getattr(self, name) >= 1, f"shard.{name}", getattr(self, name), "at least 1")
         for name in ("max_train_images", "max_val_images"):

@@ -86,7 +86,7 @@ def choose(
 
     Args:
         order: Candidates of the split in hash order.
-        labels: Class of every candidate, of either split.
+        labels: Class of every candidate, of either split; -1: none.
         content: Number of the content of every candidate, from 0; equal files have equal numbers.
             `UNKNOWN` counts as fine, `BAD` is left out.
         cap: Largest number of rows.
@@ -109,7 +109,7 @@ def choose(
 def _capped(usable: np.ndarray, labels: np.ndarray, cap: int | None) -> np.ndarray:
     if cap is None or cap >= len(usable):
         return usable
-    classes = labels[usable]
+    classes = labels[usable] + 1  # those without a label are a class of their own
     quotas = even_quotas(np.bincount(classes), cap)
     by_class = np.argsort(classes, kind="stable")
     first = np.concatenate([[0], np.cumsum(np.bincount(classes))])

@@ -20,14 +20,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 
 from drorae.config import to_json
 from drorae.data.checked import Candidates, Checked
 from drorae.data.decoding import ImageLimits
 from drorae.data.jobs import ShardJob
-from drorae.data.readers.candidates import Listing, joined, sort_class_names
-from drorae.data.readers.source import list_source
+from drorae.data.listing import list_images
+from drorae.data.readers.candidates import Listing
 from drorae.data.selection import Choice, choose
 from drorae.data.shard_files import CheckPictures, PictureRule, WriteShard
 from drorae.data.shard_format import ShardPart, part_name, write_index
@@ -90,40 +89,16 @@ def run_shard(
 
 
 def _list(ctx: StageContext, job: ShardJob) -> Listing:
-    def listing_of(uri: str) -> Listing:
-        return list_source(
-            uri,
-            image_column=job.image_column,
-            label_column=job.label_column,
-            on_progress=lambda done, total: ctx.progress(
-                done, total, "folders", message=f"list {uri}"
-            ),
-        )
-
-    listing = listing_of(job.source)
-    if job.val_source is None:
-        return listing
-    val = listing_of(job.val_source)
-    names = listing.class_names
-    if set(val.class_names) - set(names):
-        names = tuple(sort_class_names({*names, *val.class_names}))
-    return Listing(
-        table=joined([_moved(listing.table, "train"), _moved(val.table, "val")]),
-        rejects=[(f"train/{key}", reason) for key, reason in listing.rejects]
-        + [(f"val/{key}", reason) for key, reason in val.rejects],
-        class_names=names,
+    """The images of a job; what was decided about them is told at once."""
+    listing = list_images(
+        job,
+        on_progress=lambda done, total: ctx.progress(
+            done, total, "folders", message="list the source"
+        ),
     )
-
-
-def _moved(table: pa.Table, split: str) -> pa.Table:
-    """The same candidates in a split, their keys below its name."""
-    functions: Any = pyarrow.compute
-    keys = functions.binary_join_element_wise(pa.scalar(split), table["key"], "/")
-    splits = pa.DictionaryArray.from_arrays(np.zeros(len(table), np.int32), pa.array([split]))
-    for name, column in (("key", keys), ("split", splits)):
-        place = table.schema.get_field_index(name)
-        table = table.set_column(place, table.schema.field(place), column)
-    return table
+    for note in listing.notes:
+        ctx.note(note.text, is_warning=note.is_doubtful)
+    return listing
 
 
 def _choose_both(job: ShardJob, candidates: Candidates, checked: Checked) -> dict[str, Choice]:
@@ -272,10 +247,11 @@ def _bounds(sizes: np.ndarray, rows_per_shard: int) -> Iterator[tuple[int, int]]
         start = stop
 
 
-def _class_rows(parts: Sequence[ShardPart], num_classes: int) -> list[int]:
-    """Images of each class, by label."""
+def _class_rows(parts: Sequence[ShardPart], num_classes: int) -> dict[str, Any]:
+    """Images of each class, by label, and those that have none."""
     labels = np.concatenate([np.empty(0, np.int32), *(part.labels for part in parts)])
-    return np.bincount(labels, minlength=num_classes).tolist()
+    rows = np.bincount(labels + 1, minlength=num_classes + 1).tolist()
+    return {"class_rows": rows[1:], "unlabelled_rows": rows[0]}
 
 
 def _finish(
@@ -291,7 +267,7 @@ def _finish(
             split: {
                 "rows": sum(rows),
                 "shards": rows,
-                "class_rows": _class_rows(parts[split], len(listing.class_names)),
+                **_class_rows(parts[split], len(listing.class_names)),
             }
             for split, rows in shards.items()
         },
@@ -302,6 +278,7 @@ def _finish(
         "crop": job.crop,
         "limits": to_json(_limits(job)),
         "source_images": len(listing),
+        "reading": [{"text": n.text, "is_doubtful": n.is_doubtful} for n in listing.notes],
         "source_digest": _digest_of(listing.table["key"]),
     }
     if job.view_px is not None:

@@ -1,10 +1,12 @@
 """Settings of the stages `evaluate` and `report`.
 
-Imports only the standard library, so that planning a run needs no torch.
+Imports nothing heavy, so that planning a run needs no torch.
 """
 
 from dataclasses import dataclass
 from typing import Literal
+
+from drorae.config import expand_home
 
 __all__ = ["EvaluateJob", "ReportJob", "Sampling"]
 
@@ -90,6 +92,7 @@ class EvaluateJob:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        expand_home(self, "inception_weights_path")
         for name in ("num_samples", "kid_subset"):
             _require(getattr(self, name) >= 2, name, getattr(self, name), "at least 2")
         for name in ("isc_splits", "batch_images", "chunk_samples", "chunk_photos"):

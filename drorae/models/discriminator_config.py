@@ -5,6 +5,8 @@ The network itself is in `drorae.models.discriminator`.
 
 from dataclasses import dataclass
 
+from drorae.config import expand_home
+
 __all__ = ["DiscriminatorConfig"]
 
 
@@ -32,6 +34,7 @@ class DiscriminatorConfig:
 
     def __post_init__(self) -> None:
         """Check what the configuration alone can know."""
+        expand_home(self, "source")
         if self.input_px % self.patch_px or self.width % self.heads:
             raise ValueError(
                 f"discriminator: input_px={self.input_px} must be a multiple of "

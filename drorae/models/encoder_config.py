@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from drorae.config import expand_home
+
 __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
@@ -54,6 +56,7 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         """Check what the configuration alone can know."""
+        expand_home(self, "source")
         for name in ("input_px", "patch_px", "width", "depth"):
             if getattr(self, name) < 1:
                 raise ValueError(

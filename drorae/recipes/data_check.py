@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from drorae.recipes.full import FullJob
+from drorae.store.context import note_line
 from drorae.store.workspace import StageOutput
 
-__all__ = ["check_classes", "check_evaluation", "check_validation"]
+__all__ = ["check_classes", "check_evaluation", "check_validation", "reading_notes"]
 
 UNLABELLED = ["all"]
 """Classes of a source that states none (drorae.data.readers.candidates)."""
@@ -99,6 +100,12 @@ def check_evaluation(full: FullJob, shards: StageOutput | None, stage: str) -> N
             "that many, 0 for all, and at least 2 images. Change it, or raise shard.val_fraction "
             f"or shard.max_val_images={cap}."
         )
+
+
+def reading_notes(shards: StageOutput) -> list[str]:
+    """What was decided when the source was read, a line each; doubtful decisions are warnings."""
+    reading = shards.read_json("counts.json").get("reading", ())
+    return [note_line(note["text"], is_warning=note["is_doubtful"]) for note in reading]
 
 
 def _describe(names: Sequence[str]) -> str:

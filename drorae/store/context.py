@@ -26,6 +26,11 @@ PROGRESS_EVERY_S = 2.0
 PROGRESS_PAUSE_S = 15.0  # after a write that failed: an absent store costs every try up to 20 s
 
 
+def note_line(text: str, *, is_warning: bool) -> str:
+    """A note as people see it."""
+    return f"warning: {text}" if is_warning else text
+
+
 @dataclass(kw_only=True, slots=True)
 class StageResult:
     """What a stage made."""
@@ -63,6 +68,7 @@ class StageContext:
     _progress_start: tuple[float, float] | None = field(default=None, init=False, repr=False)
     _progress_unit: str = field(default="", init=False, repr=False)
     _progress_written_s: float = field(default=float("-inf"), init=False, repr=False)
+    _notes: list[str] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Fill in the usual work folder."""
@@ -98,6 +104,12 @@ class StageContext:
             )
         return join(self.output_uri, name)
 
+    def note(self, text: str, *, is_warning: bool = False) -> None:
+        """Tell the user one line: it goes to the log, and with the next progress to the console."""
+        log.log(logging.WARNING if is_warning else logging.INFO, "%s", text)
+        self._notes.append(note_line(text, is_warning=is_warning))
+        self._progress_written_s = float("-inf")
+
     def progress(self, done: int | float, total: int | float, unit: str, **extra: Any) -> None:
         """Tell how far the stage is; at most one small write every 2 seconds, and one at the end.
 
@@ -127,6 +139,7 @@ class StageContext:
             "rate_per_s": rate,
             "eta_s": (total - done) / rate if rate else None,
             "message": "",
+            "notes": list(self._notes),
             "updated_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         try:

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from drorae.config import expand_home
 from drorae.data.jobs import OrderConfig
 from drorae.diffusion.time_config import TimeConfig
 from drorae.models.decoder_config import DecoderConfig
@@ -219,6 +220,7 @@ class DecoderStage:
 
     def __post_init__(self) -> None:
         """Check that statistics come with a decoder."""
+        expand_home(self, "released", "released_stats")
         if self.released_stats and not self.released:
             raise ValueError(
                 f"decoder.released_stats={self.released_stats} without decoder.released: expected "

@@ -1,7 +1,7 @@
 """What the names of containers say: splits and classes.
 
-Splits are words in them (`train-00000-of-00002.parquet`); classes are the names of archives in which
-images lie flat (`n01440764.tar`), unless the archives are numbered as shards of one set are.
+Splits are words in them (`train-00000-of-00002.parquet`). Classes are the names of archives in
+which images lie flat (`n01440764.tar`), unless they are numbered as shards of one set are.
 """
 
 import re

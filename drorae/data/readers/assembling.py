@@ -30,6 +30,7 @@ from drorae.data.readers.candidates import (
     sort_class_names,
     with_values,
 )
+from drorae.data.readers.class_lists import with_shared_names
 from drorae.data.readers.class_paths import OF_TEST, Place, read_folders
 
 __all__ = ["Part", "assemble"]
@@ -63,7 +64,8 @@ def assemble(parts: Sequence[Part], rule: ReadRule) -> Listing:
         rule: Its `classes_from` is read.
 
     Raises:
-        ValueError: `classes_from` asks for archives, and there are none.
+        ValueError: `classes_from` asks for archives, and there are none; or some containers have
+            numbers and others names.
     """
     if rule.classes_from == "archives" and not any(part.name for part in parts):
         raise ValueError(
@@ -72,6 +74,10 @@ def assemble(parts: Sequence[Part], rule: ReadRule) -> Listing:
         )
     is_stated = any(part.listing.has_stated_labels for part in parts)
     notes = [note for part in parts for note in part.listing.notes]
+    names = [part.name for part in parts]
+    named, told = with_shared_names(names, [part.listing for part in parts])
+    parts = [Part(name, listing) for name, listing in zip(names, named, strict=True)]
+    notes += told
     placed = _placed(parts, rule, is_stated, notes)
     return Listing(
         table=joined([listing.table for listing in placed]),

@@ -80,10 +80,11 @@ class ReadRule:
     label_column: str | None = "label"
     """Label column of Parquet files and of metadata files; None: images have no labels."""
     image_key: str | None = None
-    """Extension of a webdataset sample that is its image; None: the only one that is an image."""
+    """Extension of a webdataset sample that is its image (`jpg`, `rgb.png`; case does not matter);
+    None: the only one that is an image."""
     label_key: str | None = None
-    """Extension (`cls`) or JSON field of a webdataset sample that is its label; None: the known
-    ones."""
+    """Extension (`cls`) of a webdataset sample that is its label, or the field of its JSON that is
+    (`label`; `meta.label` leads into inner objects); None: the known ones."""
     classes_from: Literal["auto", "folders", "archives", "none"] = "auto"
     """What names the class where no label is stated."""
     label_file: str | None = None

@@ -184,7 +184,7 @@ def _split_classes(
         if split == "test":
             found = dict.fromkeys(below, Place(reason=OF_TEST))
         else:
-            found = _classes_inside(below, has_classes, known if split == "val" else None)
+            found = _classes_inside(below, has_classes, known if split == "val" else None, notes)
             known |= {place.class_name for place in found.values() if split == "train"} - {""}
             _note_depth(below, found, notes)
         for parts, place in found.items():
@@ -197,13 +197,15 @@ def _split_classes(
 
 
 def _classes_inside(
-    counts: Counts, has_classes: bool, known: set[str] | None
+    counts: Counts, has_classes: bool, known: set[str] | None, notes: list[Note]
 ) -> dict[Parts, Place]:
     """Classes of one split, which may have folders around them of its own."""
     wrapper = _wrapper(counts)
     tops = _tops(_below(counts, wrapper))
     if known is not None and len(tops) == 1 and not known & {_class_name(top) for top in tops}:
-        wrapper = (*wrapper, *tops)  # validation images that lie flat, in a folder
+        wrapper = (*wrapper, *tops)
+        text = f"folder {'/'.join(wrapper)!r} of validation is no class of training: its images are"
+        notes.append(Note(printable(f"{text} read as lying flat"), is_doubtful=has_classes))
     found = _classes(_below(counts, wrapper), has_classes)
     outside = {parts: Place(reason=OUTSIDE) for parts in counts}
     return outside | {wrapper + parts: place for parts, place in found.items()}

@@ -23,7 +23,7 @@ from drorae.data.readers.candidates import (
 )
 from drorae.data.readers.class_paths import described
 
-__all__ = ["check_val_classes", "complete", "without_rows"]
+__all__ = ["check_val_classes", "complete", "split_values", "training_classes", "without_rows"]
 
 NO_LABEL = "has no label although others have"
 SAME_KEY = "another image has this name"
@@ -33,10 +33,8 @@ def complete(listing: Listing) -> Listing:
     """A listing sorted by key, in which every training image has a class.
 
     A class name is empty only for validation images that lie flat beside training images in class
-    folders. A split `train` without `val` says nothing, so it is dropped.
-
-    Raises:
-        ValueError: Validation images have classes that no training image has.
+    folders. A split `train` without `val` says nothing, so it is dropped. Whether training knows
+    the classes of validation is left to `check_val_classes`.
     """
     listing = replace(listing, table=listing.table.sort_by("key").combine_chunks())
     listing = without_rows(listing, _repeats(listing.table), SAME_KEY)
@@ -45,8 +43,7 @@ def complete(listing: Listing) -> Listing:
     if "val" not in splits and len(listing):
         codes = np.zeros(len(listing), np.int32)
         listing = replace(listing, table=with_values(listing.table, "split", codes, [""]))
-    names = _class_names(listing)
-    check_val_classes(names, listing.table)
+    names = listing.class_names or training_classes(listing.table)
     return replace(listing, class_names=names, notes=(*listing.notes, *_alike(names)))
 
 
@@ -124,8 +121,9 @@ def _classes_of(table: pa.Table, split: str = "") -> set[str]:
     return {names[code] for code in np.unique(codes[is_wanted[split_codes]]).tolist()}
 
 
-def _class_names(listing: Listing) -> tuple[str, ...]:
-    return listing.class_names or tuple(sort_class_names(_classes_of(listing.table) - {""}))
+def training_classes(table: pa.Table) -> tuple[str, ...]:
+    """Class names of the images that are not validation, in label order."""
+    return tuple(sort_class_names(_classes_of(table) - {""}))
 
 
 def _alike(names: Iterable[str]) -> list[Note]:

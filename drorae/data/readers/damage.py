@@ -1,6 +1,7 @@
-"""What failures inside a reader mean: damage of a file, or a store that does not answer.
+"""What readers of containers refuse, and what failures inside them mean.
 
-Damage is a reject. A store that fails says nothing of the images, so its errors end the stage.
+A failure is damage of a file, which is a reject, or a store that does not answer: that says nothing
+of the images and ends the stage.
 """
 
 import struct
@@ -10,7 +11,7 @@ import zlib
 
 import pyarrow as pa
 
-from drorae.data.readers.candidates import printable
+from drorae.data.readers.candidates import Note, printable
 from drorae.data.readers.filesystem import is_remote
 
 MAX_IMAGE_BYTES = 1 << 30
@@ -23,6 +24,13 @@ TOO_LONG = f"is longer than {MAX_IMAGE_BYTES >> 20} MiB, which no picture is"
 
 REASON_CHARACTERS = 200
 """Parsers quote what they cannot read, sometimes all of it."""
+
+REPLACED = "replaced by a later member of the same name"
+
+NESTED_SUFFIXES = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar", ".parquet")
+"""Members of archives that may hold images and are not opened."""
+
+NESTED = "is an archive inside an archive: unpack it, and give shard.source the folder"
 
 _OF_CONTENT = (
     ArithmeticError,
@@ -61,3 +69,13 @@ def reason_of(error: Exception) -> str:
     """A failure in one line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return printable(" ".join(str(text).split()))[:REASON_CHARACTERS]
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a member or a folder around it is hidden, or is what macOS adds to archives."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
+
+
+def note_of_hidden(count: int) -> tuple[Note, ...]:
+    """What is said of hidden images, if there are any."""
+    return (Note(f"{count} hidden images are left out"),) if count else ()

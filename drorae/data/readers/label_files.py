@@ -10,7 +10,7 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os.path import expanduser
 from posixpath import splitext
@@ -80,7 +80,7 @@ def _rows(text: str, uri: str, setting: str) -> Iterator[tuple[int, str, str]]:
         if len(row) < 2 or not row[0].strip():
             hint = BARE_NUMBERS if row[0].strip().isdecimal() else ""
             raise ValueError(
-                f"{setting}={uri!r}, line {number}: {row[0][:40]!r} is no image with a label{hint}: "
+                f"{setting}={uri!r}, line {number}: {row[0][:40]!r} is no name and label{hint}: "
                 "expected lines NAME LABEL, or CSV with a header. Name another file."
             )
         yield number, row[0].strip(), _label(row[1])
@@ -107,8 +107,7 @@ def labelled_by_file(
     labels: Mapping[str, str],
     setting: str,
     known: Sequence[str],
-    *,
-    only_val: bool = False,
+    splits: Collection[str] = ("", "train", "val"),
 ) -> Listing:
     """A listing whose classes are those of a label file.
 
@@ -117,13 +116,13 @@ def labelled_by_file(
         labels: Content of the file.
         setting: Its setting, for errors.
         known: Class names of training in label order; empty where the file itself names them.
-        only_val: Whether the file speaks of the images of split `val` only.
+        splits: Splits of the images that the file speaks of.
 
     Raises:
         ValueError: A label is no class of training, or no image is in the file.
     """
-    split_codes, splits = dictionary_of(listing.table, "split")
-    is_meant = np.array([split == "val" or not only_val for split in splits], bool)[split_codes]
+    split_codes, found_splits = dictionary_of(listing.table, "split")
+    is_meant = np.array([split in splits for split in found_splits], bool)[split_codes]
     meant = np.flatnonzero(is_meant)
     keys = listing.table["key"].take(pa.array(meant)).to_pylist()
     entries = [_entry(path_key(key), labels) for key in keys]

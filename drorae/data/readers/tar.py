@@ -19,11 +19,18 @@ from drorae.data.readers.candidates import (
     listed,
     printable,
 )
-from drorae.data.readers.damage import is_damage, reason_of
+from drorae.data.readers.damage import (
+    NESTED,
+    NESTED_SUFFIXES,
+    REPLACED,
+    is_damage,
+    is_hidden,
+    note_of_hidden,
+    reason_of,
+)
 from drorae.data.readers.filesystem import open_file
 from drorae.data.readers.ranges import Span, read_spans
 from drorae.data.readers.tar_members import (
-    REPLACED,
     Entry,
     Link,
     Members,
@@ -46,11 +53,6 @@ READ_AHEAD_BYTES = 8 << 20
 
 MAX_MEMBER_LABEL_BYTES = 16 << 20
 """Longest member that is read as the label of one image."""
-
-ARCHIVE_SUFFIXES = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar", ".parquet")
-"""Members that may hold images and are not opened."""
-
-NESTED = "is an archive inside an archive: unpack it, and give shard.source the folder"
 
 
 def list_tar(uri: str, name: str, rule: ReadRule) -> Listing:
@@ -120,7 +122,7 @@ def _listing(
                 places[member] = place
             else:
                 rejects.append((member, _why_not(entry, place)))
-        elif member.lower().endswith(ARCHIVE_SUFFIXES):
+        elif member.lower().endswith(NESTED_SUFFIXES):
             rejects.append((member, NESTED))
     rejects += [(m, REPLACED) for m in members.replaced if is_image_member(m, rule)]
     picked, notes = pick_images(list(places), labels, rule)
@@ -149,11 +151,6 @@ def _table(
     )
 
 
-def is_hidden(member: str) -> bool:
-    """Whether a member or a folder around it is hidden, or is what macOS adds to archives."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in member.split("/"))
-
-
 def _why_not(entry: Entry, target: Entry | None) -> str:
     """Why an entry is no file that can be read."""
     if not isinstance(entry, Link):
@@ -164,8 +161,7 @@ def _why_not(entry: Entry, target: Entry | None) -> str:
 
 
 def _notes(members: Members, num_hidden: int) -> Iterator[Note]:
-    if num_hidden:
-        yield Note(f"{num_hidden} hidden images are left out")
+    yield from note_of_hidden(num_hidden)
     if members.num_ends > 1:
         yield Note(f"tar archive is {members.num_ends} joined ones: all are read", True)
     if not members.num_ends and not members.damage:

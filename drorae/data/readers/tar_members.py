@@ -37,8 +37,6 @@ COMPRESSED = {
 }
 """First bytes of what is no plain tar archive."""
 
-REPLACED = "replaced by a later member of the same name"
-
 
 @dataclass(frozen=True, slots=True)
 class Place:

@@ -1,12 +1,8 @@
 import io
-import json
 import tarfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from data_fakes import encoded, make_folder, pixels
 
@@ -132,66 +128,6 @@ def test_folder_of_tar_files_is_one_source(tmp_path: Path):
         write_tar(tmp_path / f"{name}.tar", {"./cat/1.png": encoded(pixels(0))})
     assert keys(tmp_path) == ["a.tar/cat/1.png", "b.tar/cat/1.png"]
     assert list_source(str(tmp_path)).class_names == ("cat",)
-
-
-def test_zip_inside_one_top_folder(tmp_path: Path):
-    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
-        archive.writestr("top/cat/1.png", encoded(pixels(0)))
-        archive.writestr("top/dog/1.png", encoded(pixels(1)))
-        archive.writestr("__MACOSX/top/dog/1.png", b"noise")
-    listing = list_source(str(tmp_path / "set.zip"))
-    assert listing.class_names == ("cat", "dog")
-    assert contents(tmp_path / "set.zip")["set.zip/top/dog/1.png"] == encoded(pixels(1))
-
-
-def test_damaged_zip_member_is_an_error_of_that_member(tmp_path: Path):
-    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
-        archive.writestr("cat/1.png", encoded(pixels(0)))
-        archive.writestr("cat/2.png", encoded(pixels(1)))
-    data = bytearray((tmp_path / "set.zip").read_bytes())
-    data[60] ^= 0xFF
-    (tmp_path / "set.zip").write_bytes(bytes(data))
-    records = list(read_records(to_candidates(list_source(str(tmp_path / "set.zip")).table)))
-    assert [bool(r.error) for r in records] == [True, False]
-
-
-def test_file_that_is_no_zip_is_reported(tmp_path: Path):
-    (tmp_path / "set.zip").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="zip archive is damaged"):
-        list_source(str(tmp_path / "set.zip"))
-    gone = Candidate("k", "c", "", "zip", str(tmp_path / "gone.zip"), member="a")
-    assert next(iter(read_records([gone]))).error
-
-
-@pytest.mark.parametrize("as_struct", [True, False])
-def test_parquet_with_labels(tmp_path: Path, as_struct: bool):
-    images = [encoded(pixels(i)) for i in range(5)]
-    column = [{"bytes": i, "path": None} for i in images] if as_struct else images
-    table = pa.table({"image": column, "label": [0, 1, 0, 1, None]})
-    if as_struct:
-        features = {"info": {"features": {"label": {"names": ["cat", "dog"]}}}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
-    pq.write_table(table, tmp_path / "set.parquet", row_group_size=2)
-    listing = list_source(str(tmp_path / "set.parquet"))
-    assert listing.class_names == (("cat", "dog") if as_struct else ("0", "1"))
-    assert [key for key, _ in listing.rejects] == ["set.parquet/00000004"]
-    assert list(contents(tmp_path / "set.parquet").values()) == images[:4]
-
-
-def test_parquet_without_images_names_its_columns(tmp_path: Path):
-    pq.write_table(pa.table({"photo": [b"x"]}), tmp_path / "set.parquet")
-    with pytest.raises(ValueError, match=r"image_column to one of \['photo'\]"):
-        list_source(str(tmp_path / "set.parquet"))
-
-
-def test_parquet_rows_without_bytes_and_broken_files_are_errors(tmp_path: Path):
-    pq.write_table(pa.table({"image": ["text"]}), tmp_path / "a.parquet")
-    (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
-    listing = list_source(str(tmp_path))
-    assert [key for key, _ in listing.rejects] == ["b.parquet"]
-    assert "no image bytes but str" in next(iter(read_records(to_candidates(listing.table)))).error
-    gone = Candidate("k", "c", "", "parquet", str(tmp_path / "gone.parquet"), member="image")
-    assert next(iter(read_records([gone]))).error
 
 
 def test_cifar_sheets_keep_splits_labels_and_pixels(tmp_path: Path):

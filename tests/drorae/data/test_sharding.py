@@ -249,16 +249,6 @@ def test_a_rejected_file_under_a_cap_is_replaced(tmp_path: Path):
     assert len(rows(output, "train")) == 12
 
 
-def test_classes_of_a_separate_validation_source_are_joined(tmp_path: Path):
-    source = make_folder(tmp_path / "train", per_class=1, classes=("b", "c"))
-    held_out = tmp_path / "val" / "a"
-    held_out.mkdir(parents=True)
-    (held_out / "1.png").write_bytes(encoded(pixels(5)))
-    output = shard_output(tmp_path, job(source, val_source=str(held_out.parent)))
-    assert output.read_json("counts.json")["class_names"] == ["a", "b", "c"]
-    assert [r["label"] for r in rows(output, "val")] == [0]
-
-
 def test_no_usable_image_names_the_reasons(tmp_path: Path):
     folder = tmp_path / "photos" / "cat"
     folder.mkdir(parents=True)
