@@ -157,9 +157,7 @@ def _folders(part: Part) -> _Folders:
     if isinstance(found, pa.ChunkedArray):
         return _Folders(np.empty(0, np.int64), [], {})
     names, codes = found.dictionary.to_pylist(), found.indices.to_numpy()
-    sure = np.ones(len(keys), bool)
-    if not part.name:
-        sure = np.fromiter((is_image_name(key) for key in keys.to_pylist()), bool, len(keys))
+    sure = np.fromiter((is_image_name(key) for key in keys.to_pylist()), bool, len(keys))
     counts = np.bincount(codes[sure], minlength=len(names)).tolist()
     return _Folders(codes, names, dict(zip(names, counts, strict=True)))
 

@@ -29,6 +29,7 @@ from drorae.data.readers.damage import (
     reason_of,
 )
 from drorae.data.readers.filesystem import open_file
+from drorae.data.readers.folder import is_candidate_name
 from drorae.data.readers.ranges import Span, read_spans
 from drorae.data.readers.tar_members import (
     Entry,
@@ -110,22 +111,27 @@ def _listing(
     uri: str, name: str, rule: ReadRule, members: Members, labels: dict[str, Label]
 ) -> Listing:
     places: dict[str, Place] = {}
+    images, unknown = [], []
     rejects: list[tuple[str, str]] = []
     hidden = 0
     for member, entry in members.entries.items():
         is_image = is_image_member(member, rule)
         if is_hidden(member):
             hidden += is_image
-        elif is_image:
+        elif member.lower().endswith(NESTED_SUFFIXES):
+            rejects.append((member, NESTED))
+        elif is_image or is_candidate_name(member):
             place = followed(member, members.entries)
             if isinstance(place, Place):
                 places[member] = place
-            else:
+                (images if is_image else unknown).append(member)
+            elif is_image:
                 rejects.append((member, _why_not(entry, place)))
-        elif member.lower().endswith(NESTED_SUFFIXES):
-            rejects.append((member, NESTED))
+    # What an image links to is no other image.
+    starts = {places[member].start for member in images} if unknown else set()
+    unknown = [member for member in unknown if places[member].start not in starts]
     rejects += [(m, REPLACED) for m in members.replaced if is_image_member(m, rule)]
-    picked, notes = pick_images(list(places), labels, rule)
+    picked, notes = pick_images(images, unknown, labels, rule)
     rejects = [(f"{name}/{member}", reason) for member, reason in rejects + picked.rejects]
     if members.damage:
         rejects.append((name, f"tar archive {members.damage}"))

@@ -23,6 +23,9 @@ LABEL_EXTENSIONS = ("cls", "json")
 """Members that may give the class of an image, the first one does."""
 
 
+NO_IMAGE = "not an image by its name; shard.image_key names the extension of images"
+
+
 @dataclass(frozen=True, slots=True)
 class Label:
     """A stated label."""
@@ -116,12 +119,13 @@ def _first_stated(values: Sequence[Any]) -> Label | None:
 
 
 def pick_images(
-    images: Sequence[str], labels: Mapping[str, Label], rule: ReadRule
+    images: Sequence[str], unknown: Sequence[str], labels: Mapping[str, Label], rule: ReadRule
 ) -> tuple[Picked, list[Note]]:
     """Choose the image of each sample.
 
     Args:
         images: Names of all members that look like images, in the order of the archive.
+        unknown: Names of members that may be images, of which their names say nothing.
         labels: Label by the name of the member that states it.
         rule: Its keys of image and label.
 
@@ -133,12 +137,22 @@ def pick_images(
     is_stated = any(stated[name].text or stated[name].reason for name in used)
     picked = Picked(has_stated_labels=is_stated or rule.label_key is not None)
     if not picked.has_stated_labels and rule.image_key is None:
-        picked.rows = [(name, "") for name in images]
+        picked.rows = [(name, "") for name in (*images, *unknown)]
     else:
+        _leave_out(unknown, {_sample(name) for name in images} if unknown else set(), picked)
         for _, members in groupby(sorted(images, key=_sample), key=_sample):
             for name in _images_of_sample(list(members), stated, rule, picked):
                 _add_row(name, _label_names(name, stated, rule), stated, picked)
     return picked, list(_notes(images, stated, used, picked, rule))
+
+
+def _leave_out(unknown: Sequence[str], samples: set[str], picked: Picked) -> None:
+    """What is no image for sure is a part of the sample of an image, or a reject."""
+    for name in unknown:
+        if _sample(name) in samples:
+            picked.left_out[split_name(name)[1]] += 1
+        else:
+            picked.rejects.append((name, NO_IMAGE))
 
 
 def _sample(name: str) -> str:

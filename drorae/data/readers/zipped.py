@@ -37,6 +37,7 @@ from drorae.data.readers.damage import (
     reason_of,
 )
 from drorae.data.readers.filesystem import open_file
+from drorae.data.readers.folder import is_candidate_name, others
 from drorae.data.readers.labels import Stated, is_label_file, path_key, stated_by_files
 from drorae.data.readers.ranges import Span, read_spans
 from drorae.data.readers.tar_members import inside
@@ -168,6 +169,7 @@ def _path(info: zipfile.ZipInfo) -> str:
 def _listing(uri: str, name: str, infos: Sequence[zipfile.ZipInfo], stated: Stated) -> Listing:
     members: dict[str, tuple[str, zipfile.ZipInfo]] = {}
     rejects: list[tuple[str, str]] = []
+    names: list[str] = []
     num_hidden = 0
     for info in infos:
         path = _path(info)
@@ -176,7 +178,9 @@ def _listing(uri: str, name: str, infos: Sequence[zipfile.ZipInfo], stated: Stat
             continue
         if is_hidden(unix):
             num_hidden += is_image_name(unix)
-        elif is_image_name(unix):
+            continue
+        names.append(unix)
+        if is_candidate_name(unix):
             if unix in members:
                 rejects.append((members.pop(unix)[0], REPLACED))
             members[unix] = (path, info)
@@ -190,6 +194,7 @@ def _listing(uri: str, name: str, infos: Sequence[zipfile.ZipInfo], stated: Stat
         else:
             rows.append((path, stated.label_of.get(path_key(path), ""), info))
     absent = stated.absent(members) if stated.decides else ()
+    no_images, notes = others(sorted(n for n in names if not n.lower().endswith(NESTED_SUFFIXES)))
     return Listing(
         table=listed(
             "zip",
@@ -200,8 +205,8 @@ def _listing(uri: str, name: str, infos: Sequence[zipfile.ZipInfo], stated: Stat
             size_bytes=[info.compress_size for _, _, info in rows],
             member=[_raw_name(info).decode("utf-8", "surrogateescape") for _, _, info in rows],
         ),
-        rejects=[(printable(f"{name}/{path}"), reason) for path, reason in rejects],
-        notes=(*stated.notes, *absent, *note_of_hidden(num_hidden)),
+        rejects=[(printable(f"{name}/{path}"), reason) for path, reason in [*rejects, *no_images]],
+        notes=(*stated.notes, *absent, *notes, *note_of_hidden(num_hidden)),
         has_stated_labels=stated.decides,
     )
 

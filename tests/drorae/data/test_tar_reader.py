@@ -88,8 +88,9 @@ def test_an_image_without_a_label_among_others_has_no_class_and_no_folder(tmp_pa
 
 
 def test_an_archive_without_labels_states_none(tmp_path: Path):
-    listing = listed(tmp_path, {"cat/1.jpg": b"1", "dog/photo.v1.jpg": b"2", "notes.txt": b""})
-    assert labels_of(listing) == {"1.jpg": "", "photo.v1.jpg": ""}
+    members = {"cat/1.jpg": b"1", "dog/photo.v1.jpg": b"2", "cat/nosuffix": b"3", "notes.txt": b""}
+    listing = listed(tmp_path, members)
+    assert labels_of(listing) == {"1.jpg": "", "photo.v1.jpg": "", "nosuffix": ""}
     assert not listing.has_stated_labels
     assert not listing.notes
 
@@ -111,6 +112,16 @@ def test_a_mask_beside_an_image_is_counted_and_is_no_image(tmp_path: Path):
     listing = listed(tmp_path, members)
     assert labels_of(listing) == {f"{n}.jpg": str(n) for n in range(4)}
     assert "4 members .mask.png beside the image of their sample are no images" in texts_of(listing)
+
+
+def test_members_of_unknown_kind_are_parts_of_samples_or_rejects(tmp_path: Path):
+    members = {"1.jpg": b"J", "1.cls": b"1", "1.depth": b"D", "2.picture": b"P", "2.cls": b"2"}
+    listing = listed(tmp_path, members)
+    assert labels_of(listing) == {"1.jpg": "1"}
+    assert "1 members .depth beside the image of their sample are no images" in texts_of(listing)
+    reason = "not an image by its name; shard.image_key names the extension of images"
+    assert reasons(listing) == {"2.picture": reason}
+    assert labels_of(listed(tmp_path, members, image_key="picture")) == {"2.picture": "2"}
 
 
 def test_the_image_key_names_the_image(tmp_path: Path):

@@ -52,12 +52,18 @@ def test_images_are_rows_and_hidden_ones_are_counted(tmp_path: Path):
         "./top//dog/2.JPG": b"2",
         "__MACOSX/top/cat/1.png": b"x",
         "top/.cache/1.png": b"x",
-        "readme.txt": b"x",
+        "top/cat/nosuffix": b"3",
+        "top/cat/1.txt": b"x",
     }
-    listing = listed(tmp_path, members)
-    assert contents_of(listing) == {"set.zip/top/cat/1.png": b"1", "set.zip/top/dog/2.JPG": b"2"}
+    listing = listed(tmp_path, members | {"readme.md": b"x"})
+    assert contents_of(listing) == {
+        "set.zip/top/cat/1.png": b"1",
+        "set.zip/top/dog/2.JPG": b"2",
+        "set.zip/top/cat/nosuffix": b"3",
+    }
+    assert "files beside images are no images: 1 .txt" in texts_of(listing)
+    assert reasons(listing) == {"readme.md": "not an image by its name"}
     assert "2 hidden images are left out" in texts_of(listing)
-    assert not listing.rejects
     assert not listing.has_stated_labels
 
 
