@@ -57,7 +57,7 @@ def _check_files(plan: RunPlan) -> None:
             value = stages.setting(plan.full, path)
             if not value or path in NO_FILES or _has_scheme(value) or value == RANDOM_WEIGHTS:
                 continue
-            if not os.path.isfile(os.path.expanduser(value)):
+            if not os.path.isfile(value):
                 kind = "labels" if path.startswith("shard.") else "weights"
                 raise FileNotFoundError(
                     f"{path}={value!r} does not exist, but stage {stage.name} reads it: expected a "

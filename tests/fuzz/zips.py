@@ -85,6 +85,8 @@ def build(draw: Draw, folder: Path) -> Source:
     if not writer.backslashes:
         for name in draw.some(NO_IMAGES, draw.number(0, 3)):
             writer.add(name, draw.bytes(draw.number(0, 600)))
+            if not any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
+                writer.source.rejects[writer.key(name)] += 1
     draw.pick((_class_folders, _class_folders, _dataset_json, _flat))(writer)
     return writer.close()
 

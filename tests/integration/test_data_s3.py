@@ -14,10 +14,12 @@ from PIL import Image
 
 from drorae.data.images import ImageShards
 from drorae.data.jobs import ShardJob
+from drorae.data.readers.candidates import to_candidates
+from drorae.data.readers.source import list_source, read_records
 from drorae.data.shard_cache import ShardCache
 from drorae.data.shard_map import run_in_process
 from drorae.data.sharding import run_shard
-from drorae.store import files, s3
+from drorae.store import errors, files, s3
 from drorae.store.context import StageContext, StageResult
 from tests.drorae.data.data_fakes import committed
 
@@ -59,6 +61,23 @@ def counted_requests(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     with monkeypatch.context() as patch:
         patch.setattr(client, "_call_s3", counting)
         yield counts
+
+
+ODD_NAMES = ("cat/0?.png", "cat/1#.png", "cat/2%20.png", "cat/3 é.png", "dog/4?versionId=1.png")
+
+
+def test_objects_with_odd_names_are_listed_and_read(s3_uri: str):
+    source = make_photos(s3_uri, 5)
+    for number, name in enumerate(ODD_NAMES):
+        old = f"{source}/{('cat', 'dog')[number % 2]}/{number:03d}.png"
+        bucket, key = errors.split(f"{source}/{name}")
+        s3.filesystem().call_s3("put_object", Bucket=bucket, Key=key, Body=files.read_bytes(old))
+        files.delete(old)
+    listing = list_source(source)
+    assert sorted(listing.table["key"].to_pylist()) == sorted(ODD_NAMES)
+    assert listing.class_names == ("cat", "dog")
+    records = list(read_records(to_candidates(listing.table)))
+    assert [record.error for record in records] == [""] * 5
 
 
 @pytest.mark.parametrize("pictures", ["square", "source"])

@@ -91,6 +91,16 @@ def test_what_a_later_stage_cannot_use_ends_the_run_before_that_stage(
     assert set(run(workspace, "with_d=false")) == {"a", "b", "c", "report"}
 
 
+def test_what_a_stage_says_of_its_output_is_shown_once(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes = ["warning: images lie flat"]
+    table = tuple(replace(s, notes=lambda out: notes) if s.name == "b" else s for s in fake.TABLE)
+    monkeypatch.setattr("pipelines.stages.STAGES", table)
+    assert cli.main(["run", "--recipe", "fake", "--workspace", str(workspace)]) == 0
+    assert capsys.readouterr().out.count("b: warning: images lie flat") == 1
+
+
 def test_a_users_error_is_not_retried_and_the_rest_goes_on(workspace: Path) -> None:
     with pytest.raises(StageFailed, match="stage c failed: planned failure of c"):
         run(workspace, "c.fail_attempts=9", "c.user_error=true")

@@ -78,6 +78,31 @@ def test_a_missing_file_of_weights_is_told_before_services_start(
     assert "but stage evaluate reads it" in error
 
 
+def test_a_missing_label_file_is_told_before_services_start(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", "--set", f"shard.source={photos}", "--set", f"shard.label_file={tmp_path}/no"]
+    workspace = str(tmp_path / "workspace")
+    assert cli.main([*words, "--only", "shard", "--workspace", workspace]) == 2
+    assert "no' does not exist, but stage shard reads it: expected a file of labels" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("name", ["label_file", "val_label_file"])
+def test_other_labels_at_the_same_path_give_another_key(
+    tmp_path: Path, photos: Path, name: str
+) -> None:
+    labels = tmp_path / "labels.txt"
+    overrides = (f"shard.source={photos}", f"shard.{name}={labels}")
+    request = Request(overrides=overrides, workspace=str(tmp_path / "workspace"))
+    keys = []
+    for content in ("1.png 0", "1.png 1"):
+        labels.write_text(content)
+        keys.append(make_plan(request).keys["shard"])
+    assert keys[0] != keys[1]
+
+
 def test_other_weights_at_the_same_path_give_another_key(tmp_path: Path, photos: Path) -> None:
     weights = tmp_path / "inception.pth"
     overrides = (

@@ -45,7 +45,6 @@ def mask_beside_each_image(root: Path) -> Wanted:
         source="a.tar",
         class_names=("0", "1"),
         train=numbered({f"a.tar/{number}.bmp": str(number % 2) for number in range(3)}),
-        rejects={f"a.tar/{number}.mask.png": "" for number in range(3)},
     )
 
 

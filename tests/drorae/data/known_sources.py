@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import source_fakes as fakes
-from PIL import ExifTags, Image
 
 UNLABELLED = None
 """Class of a row with the label -1."""
@@ -191,29 +190,32 @@ def unusual_formats(root: Path) -> Wanted:
 
 
 @case(FOLDERS)
-def names_that_are_no_image_names(root: Path) -> Wanted:
-    fakes.folder(root, ["ok.png"])
-    for number, name in enumerate(("named.jpg_large", "noext", "two.jpeg.1", "f.heic"), 1):
-        (root / name).write_bytes(fakes.picture(number))
-    return Wanted(class_names=("all",), train={"ok.png": ("all", 0)}, rejects={"f.heic": ""})
+def names_that_say_nothing(root: Path) -> Wanted:
+    """What is inside decides."""
+    names = ["ok.png", "named.jpg_large", "noext", "two.jpeg.1", "photo.heic"]
+    fakes.folder(root, names)
+    (root / "text").write_text("no picture")
+    rows = numbered(dict.fromkeys(names, "all"))
+    return Wanted(class_names=("all",), train=rows, rejects={"text": "not an image"})
 
 
 @case(FOLDERS)
 def good_pixels_beside_bad_metadata(root: Path) -> Wanted:
     (root / "a").mkdir()
     png = fakes.picture(0)
+    # Horizontal resolution, signed: -1/0.
+    entry = struct.pack(">HHII", 282, 10, 1, 26)
+    exif = b"MM\0*\0\0\0\x08\0\x01" + entry + bytes(4) + struct.pack(">ii", -1, 0)
+    large = b"a\0\0" + zlib.compress(bytes(2_000_000))
     chunks = {
-        "exif": (b"eXIf", b"MM\0*\0\0\0\x08\0\x01\x01\x1a\0\x05\0\0\0\x01\0\0\xff\xff"),
-        "text": (b"zTXt", b"a\0\0" + zlib.compress(bytes(2_000_000))),
-        "profile": (b"iCCP", b"a\0\0" + zlib.compress(bytes(2_000_000))),
+        "exif": (b"eXIf", exif[:20]),
+        "rational": (b"eXIf", exif),
+        "text": (b"zTXt", large),
+        "profile": (b"iCCP", large),
     }
     for name, (kind, body) in chunks.items():
         chunk = struct.pack(">I", len(body)) + kind + body
         data = png[:33] + chunk + struct.pack(">I", zlib.crc32(kind + body)) + png[33:]
         (root / "a" / f"{name}.png").write_bytes(data)
-    rational = Image.Exif()
-    rational[ExifTags.Base.XResolution] = (-1, 0)
-    (root / "a" / "rational.png").write_bytes(fakes.picture(0, exif=rational.tobytes()))
-    names = [*chunks, "rational"]
-    rows: Rows = {f"a/{name}.png": ("a", 0) for name in names}
+    rows: Rows = {f"a/{name}.png": ("a", 0) for name in chunks}
     return Wanted(class_names=("a",), train=rows, settings={"duplicates": "keep"})

@@ -53,7 +53,12 @@ def add_link(path: Path, name: str, target: str, kind: bytes) -> None:
 def sparse_tar(path: Path, name: str, data: bytes) -> Path:
     """A tar of one member as `tar -S` writes it: of its blocks of 512 only those not all zero."""
     blocks = [data[i : i + 512] for i in range(0, len(data), 512)]
-    runs = [(512 * i, len(block)) for i, block in enumerate(blocks) if any(block)]
+    runs: list[tuple[int, int]] = []
+    for number, block in enumerate(blocks):
+        if any(block) and runs and sum(runs[-1]) == 512 * number:
+            runs[-1] = (runs[-1][0], runs[-1][1] + len(block))
+        elif any(block):
+            runs.append((512 * number, len(block)))
     stored = b"".join(data[start : start + size] for start, size in runs)
     header = bytearray(512)
     fields = {0: name, 100: "0000644", 108: "0000000", 116: "0000000", 124: f"{len(stored):011o}"}

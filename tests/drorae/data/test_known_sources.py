@@ -10,7 +10,6 @@ import source_fakes as fakes
 from data_fakes import job, shard_output
 from known_archives import ARCHIVES
 from known_sources import FOLDERS, Wanted
-from PIL import Image
 
 from drorae.data.decoding import decode_png
 
@@ -58,12 +57,3 @@ def test_known_source(name: str, tmp_path: Path):
             shard_output(tmp_path, shard)
         return
     check(wanted, shard_output(tmp_path, shard))
-
-
-def test_more_pixels_than_pillow_allows_are_accepted_when_the_job_allows_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    fakes.folder(tmp_path / "photos", ["a/0.png"])
-    output = shard_output(tmp_path, job(tmp_path / "photos", val_fraction=0.0))
-    assert output.read_json("counts.json")["train"]["rows"] == 1

@@ -51,6 +51,17 @@ def test_progress_is_throttled_and_tells_rate_and_rest(context, monkeypatch):
     assert files.read_json(uri)["done"] == 100
 
 
+def test_notes_are_logged_and_come_with_all_later_progress(context, caplog):
+    uri = files.join(context.work_uri, "progress.json")
+    context.progress(50, 100, "images")
+    context.note("2 classes")
+    context.note("flat", is_warning=True)
+    for done in (51, 52, 100):
+        context.progress(done, 100, "images")
+        assert files.read_json(uri)["notes"] == ["2 classes", "warning: flat"]
+    assert "flat" in caplog.text
+
+
 def test_progress_that_cannot_be_written_does_not_stop_the_stage(context, monkeypatch, caplog):
     def fail(descriptor):
         raise OSError(errno.ENOSPC, "full")
