@@ -164,7 +164,7 @@ def _headers(
         if archive.offset <= start or info.size < 0:
             raise tarfile.ReadError(f"the header there states a size of {info.size} bytes")
         yield info
-        if info.isfile() and place_of(info).start + place_of(info).size_bytes > size_bytes:
+        if archive.offset > size_bytes and _end_of(info) > size_bytes:
             raise tarfile.ReadError(
                 f"the archive ends inside {info.name!r}, its length is {size_bytes} bytes"
             )
@@ -205,7 +205,7 @@ def _entry(
 ) -> Entry:
     if info.isfile():
         place = place_of(info)
-        if place.start + place.size_bytes > archive_bytes:
+        if _end_of(info) > archive_bytes:
             return "truncated: the archive ends inside it"
         return _refusal(info) or place
     if info.islnk():
@@ -224,6 +224,8 @@ def _entry(
 def _refusal(info: tarfile.TarInfo) -> str:
     if info.size > MAX_IMAGE_BYTES:
         return TOO_LONG
+    if not info.issparse():
+        return ""
     pieces = _pieces(info)
     if len(pieces) > MAX_PIECES:
         return f"is sparse in {len(pieces)} pieces, more than {MAX_PIECES}"
@@ -249,6 +251,11 @@ def place_of(info: tarfile.TarInfo) -> Place:
     text = ",".join(f"{offset}+{length}" for offset, length in pieces)
     stored = sum(length for _, length in pieces)
     return Place(info.offset_data, max(stored, 0), f"{info.size}:{text}")
+
+
+def _end_of(info: tarfile.TarInfo) -> int:
+    place = place_of(info)
+    return place.start + place.size_bytes
 
 
 def expanded(stored: bytes, pieces: str) -> bytes:

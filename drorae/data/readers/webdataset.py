@@ -48,6 +48,8 @@ class Picked:
     """Members that look like images but are others of a sample, by extension."""
     num_doubtful: Counter[str] = field(default_factory=Counter)
     """How often something was guessed, by what."""
+    label_extensions: set[str] = field(default_factory=set)
+    """Last parts of the names of members that state labels."""
     has_stated_labels: bool = False
     """Whether any label stands beside an image."""
 
@@ -133,9 +135,14 @@ def pick_images(
         The images, and notes of what was decided. Every image is a row, a reject or left out.
     """
     stated = _by_extension(labels)
-    used = {name for image in images for name in _label_names(image, stated, rule)}
-    is_stated = any(stated[name].text or stated[name].reason for name in used)
-    picked = Picked(has_stated_labels=is_stated or rule.label_key is not None)
+    unused = set(stated)
+    picked = Picked(has_stated_labels=rule.label_key is not None)
+    for image in images:
+        names = _label_names(image, stated, rule)
+        unused.difference_update(names)
+        if names and (stated[names[0]].text or stated[names[0]].reason):
+            picked.has_stated_labels = True
+            picked.label_extensions.add(names[0].rpartition(".")[2])
     if not picked.has_stated_labels and rule.image_key is None:
         picked.rows = [(name, "") for name in (*images, *unknown)]
     else:
@@ -143,7 +150,7 @@ def pick_images(
         for _, members in groupby(sorted(images, key=_sample), key=_sample):
             for name in _images_of_sample(list(members), stated, rule, picked):
                 _add_row(name, _label_names(name, stated, rule), stated, picked)
-    return picked, list(_notes(images, stated, used, picked, rule))
+    return picked, list(_notes(images, stated, unused, picked, rule))
 
 
 def _leave_out(unknown: Sequence[str], samples: set[str], picked: Picked) -> None:
@@ -168,6 +175,7 @@ def _by_extension(labels: Mapping[str, Label]) -> dict[str, Label]:
     result: dict[str, Label] = {}
     for name, label in labels.items():
         key = ".".join(split_name(name))
+        key = name if key == name else key  # one text, not two equal ones
         before = result.setdefault(key, label)
         if before != label:
             result[key] = Label("", f"two members {key} that differ")
@@ -241,12 +249,12 @@ def _add_row(
 def _notes(
     images: Sequence[str],
     labels: Mapping[str, Label],
-    used: set[str],
+    unused: set[str],
     picked: Picked,
     rule: ReadRule,
 ) -> Iterator[Note]:
     if picked.has_stated_labels:
-        yield _note_of_labels(used, labels, rule)
+        yield _note_of_labels(picked, rule)
     elif labels:
         yield Note(
             f"{len(labels)} members .cls or .json state no label of an image: shard.label_key "
@@ -258,7 +266,7 @@ def _notes(
     for kind, count in sorted(picked.num_doubtful.items()):
         if count:
             yield Note(f"{count} {DOUBTS[kind]}", is_doubtful=True)
-    if picked.has_stated_labels and (unused := labels.keys() - used):
+    if picked.has_stated_labels and unused:
         text = f"{len(unused)} labels have no image beside them, such as {min(unused)}"
         yield Note(printable(text), is_doubtful=True)
     if not picked.has_stated_labels and rule.image_key is None:
@@ -274,9 +282,8 @@ DOUBTS = {
 """What is guessed, by the name under which it is counted."""
 
 
-def _note_of_labels(used: set[str], labels: Mapping[str, Label], rule: ReadRule) -> Note:
-    stated = (name for name in used if labels[name].text)
-    extensions = sorted({f".{name.rpartition('.')[2]}" for name in stated})
+def _note_of_labels(picked: Picked, rule: ReadRule) -> Note:
+    extensions = sorted(f".{extension}" for extension in picked.label_extensions)
     if not extensions:
         return Note(
             f"no label is stated by .{', .'.join(_label_extensions(rule))} beside the images: "
