@@ -36,6 +36,9 @@ __all__ = [
 
 T = TypeVar("T")
 
+MAX_NUMBER = 1 << 63
+"""Numbers of this size and above, infinity among them, fit into no field of Arrow or torch."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compute:
@@ -132,7 +135,7 @@ class Compute:
             _require(getattr(self, name) >= 1, f"compute.{name}", getattr(self, name), "at least 1")
         for name in ("max_failures", "keep_every_steps", "cache_limit_gb"):
             _require(getattr(self, name) >= 0, f"compute.{name}", getattr(self, name), "0 or more")
-        for name in ("collective_timeout_s", "hang_timeout_s"):
+        for name in ("collective_timeout_s", "hang_timeout_s", "save_every_s"):
             _require(getattr(self, name) > 0, f"compute.{name}", getattr(self, name), "above 0")
         few, many = self.min_workers, self.num_workers
         _require(0 <= few <= many, "compute.min_workers", few, f"0 to num_workers={many}")
@@ -327,6 +330,8 @@ def _coerce_dataclass(kind: Any, value: Any, path: str) -> Any:
 
 
 def _coerce_scalar(kind: Any, value: Any, path: str) -> Any:
+    if kind in (int, float) and isinstance(value, int | float) and not abs(value) < MAX_NUMBER:
+        raise ValueError(f"{path}={value!r} is out of range: expected less than 2^63, and no NaN.")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):

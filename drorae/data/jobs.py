@@ -80,6 +80,7 @@ class ShardJob:
         for name in ("max_train_images", "max_val_images"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"shard.{name}", value, "at least 1, or null")
+        _require(self.seed >= 0, "shard.seed", self.seed, "0 or more")
         _require(bool(self.source), "shard.source", self.source, "a path or URI")
         _require(0 <= self.val_fraction < 1, "shard.val_fraction", self.val_fraction, "0 up to 1")
         ratio = self.max_aspect_ratio

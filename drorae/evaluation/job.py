@@ -131,10 +131,16 @@ class ReportJob:
     figure_dpi: int = 110
     """Resolution of embedded bitmap figures, dots per inch."""
 
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name, least in (("max_curve_points", 2), ("figure_dpi", 10)):
+            value = getattr(self, name)
+            _require(value >= least, name, value, f"at least {least}", section="report")
 
-def _require(ok: bool, name: str, value: object, expected: str) -> None:
+
+def _require(ok: bool, name: str, value: object, expected: str, section: str = "evaluate") -> None:
     if not ok:
         raise ValueError(
-            f"evaluate.{name}={value!r} is out of range: expected {expected}; change it in the "
+            f"{section}.{name}={value!r} is out of range: expected {expected}; change it in the "
             "recipe or with --set."
         )

@@ -35,6 +35,12 @@ class DiscriminatorConfig:
     def __post_init__(self) -> None:
         """Check what the configuration alone can know."""
         expand_home(self, "source")
+        for name in ("input_px", "patch_px", "width", "depth", "heads", "kernel"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"discriminator.{name}={getattr(self, name)} is out of range: expected at "
+                    "least 1."
+                )
         if self.input_px % self.patch_px or self.width % self.heads:
             raise ValueError(
                 f"discriminator: input_px={self.input_px} must be a multiple of "

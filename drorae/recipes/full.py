@@ -48,6 +48,8 @@ class FullJob:
 
     def __post_init__(self) -> None:
         """Check what only the whole configuration can know."""
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} is out of range: expected 0 or more.")
         self._check_tokens()
         self._check_views()
         self._check_latents()

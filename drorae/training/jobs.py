@@ -62,6 +62,12 @@ class OptimConfig:
             raise ValueError(
                 "optim.warmup_steps, hold_steps, schedule_steps and clip_norm must be 0 or more."
             )
+        for name in ("weight_decay", "final_lr"):
+            value = getattr(self, name)
+            if value < 0:
+                raise ValueError(f"optim.{name}={value} is out of range: expected 0 or more.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas={self.betas} is out of range: expected [0, 1).")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,8 +200,15 @@ class TokenizerTraining:
         _check_streams(self.batch_images, self.order)
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay={self.ema_decay} is out of range: expected [0, 1).")
-        if self.noise_tau < 0:
-            raise ValueError(f"noise_tau={self.noise_tau} is out of range: expected 0 or more.")
+        for name in ("noise_tau", "l1_weight", "lpips_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is out of range: expected 0 or more."
+                )
+        if self.eval_every_steps < 1:
+            raise ValueError(
+                f"eval_every_steps={self.eval_every_steps} is out of range: expected 1 or more."
+            )
         if self.view == "random_crop" and self.hidden_states != "none":
             raise ValueError(
                 f"hidden_states={self.hidden_states} cannot keep states of view=random_crop, which "
