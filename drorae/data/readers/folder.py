@@ -74,7 +74,10 @@ def list_folder(uri: str, names: Sequence[str], rule: ReadRule) -> Listing:
     """
     root = uri.rstrip("/")
     files = {name: read_content(f"{root}/{name}") for name in names if is_label_file(name)}
-    stated = stated_by_files(files, rule)
+    try:
+        stated = stated_by_files(files, rule)
+    except ValueError as error:
+        raise ValueError(f"in {uri!r}: {error}") from error
     candidates = [name for name in names if is_candidate_name(name)]
     rejects, notes = others(names)
     images = [name for name in candidates if path_key(name) not in stated.rejects]
