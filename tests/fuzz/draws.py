@@ -81,6 +81,8 @@ def odd_name(draw: Draw, ascii_only: bool = False) -> str:
     if ascii_only:
         name = name.encode("ascii", "ignore").decode()
     name = f"{name}{draw.number(0, PLAIN_STEPS)}".strip()
+    if name[1:].isdecimal() and name.startswith("-"):  # a number below zero is no label
+        name = f"k{name}"
     return unicodedata.normalize(draw.pick(("NFC", "NFD")), name)
 
 
