@@ -212,7 +212,7 @@ def _walk_remote(uri: str, on_progress: ListingProgress) -> tuple[list[str], lis
     else:
         file_system, root = _remote(uri)
         root = root.rstrip("/")
-        names = [path[len(root) :].lstrip("/") for path in file_system.find(root)]
+        names = [path[len(root) + 1 :] for path in file_system.find(root)]
     names = [name for name in names if name and not name.endswith("/")]
     if not names:
         raise FileNotFoundError(

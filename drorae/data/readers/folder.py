@@ -49,9 +49,11 @@ PACKED = "an archive of a kind that is not read: unpack it, or pack it as .tar o
 
 def is_candidate_name(name: str) -> bool:
     """Whether a file may be an image: its name says so, or says nothing."""
+    if is_image_name(name):
+        return True
     suffix = splitext(name)[1].lower()
     known = suffix in OTHER_SUFFIXES or suffix in ARCHIVE_SUFFIXES
-    return is_image_name(name) or not (known or is_container_name(name) or is_label_file(name))
+    return not (known or is_container_name(name) or is_label_file(name))
 
 
 def is_container_name(name: str) -> bool:
@@ -78,10 +80,9 @@ def list_folder(uri: str, names: Sequence[str], rule: ReadRule) -> Listing:
         stated = stated_by_files(files, rule)
     except ValueError as error:
         raise ValueError(f"in {uri!r}: {error}") from error
-    candidates = [name for name in names if is_candidate_name(name)]
-    rejects, notes = others(names)
-    images = [name for name in candidates if path_key(name) not in stated.rejects]
-    bad = [name for name in candidates if path_key(name) in stated.rejects]
+    candidates, rejects, notes = sorted_out(names)
+    bad = {name for name in candidates if stated.rejects and path_key(name) in stated.rejects}
+    images = [name for name in candidates if name not in bad]
     table = listed(
         "file",
         root,
@@ -91,7 +92,7 @@ def list_folder(uri: str, names: Sequence[str], rule: ReadRule) -> Listing:
     )
     return Listing(
         table,
-        [*rejects, *((printable(name), stated.rejects[path_key(name)]) for name in bad)],
+        [*rejects, *((printable(name), stated.rejects[path_key(name)]) for name in sorted(bad))],
         notes=(*stated.notes, *stated.absent(candidates), *notes),
         has_stated_labels=stated.decides,
     )
@@ -101,29 +102,29 @@ def _stated(stated: Stated, name: str) -> str:
     return stated.label_of.get(path_key(name), "") if stated.decides else ""
 
 
-def others(names: Sequence[str]) -> tuple[list[tuple[str, str]], list[Note]]:
-    """What is no candidate: rejects by name, and a note of what belongs to images and is left out.
+def sorted_out(names: Sequence[str]) -> tuple[list[str], list[tuple[str, str]], list[Note]]:
+    """Candidates, rejects by name, and a note of what belongs to images and is left out.
 
     Args:
-        names: Relative names, sorted; images that lie beside companions are among them.
+        names: Relative names, sorted. Containers among them are none of these.
     """
+    candidates: list[str] = []
     rejects: list[tuple[str, str]] = []
     left_out: Counter[str] = Counter()
     for name in names:
-        if is_candidate_name(name) or is_container_name(name):
-            continue
-        stem, suffix = splitext(name)
-        if is_label_file(name):
+        suffix = splitext(name)[1].lower()
+        if is_candidate_name(name):
+            candidates.append(name)
+        elif is_label_file(name):
             left_out[name.rpartition("/")[2]] += 1
-        elif suffix.lower() in COMPANION_SUFFIXES and _has_image(stem, names):
-            left_out[suffix.lower()] += 1
-        else:
-            reason = PACKED if suffix.lower() in ARCHIVE_SUFFIXES else NO_IMAGE
-            rejects.append((printable(name), reason))
+        elif suffix in COMPANION_SUFFIXES and _has_image(splitext(name)[0], names):
+            left_out[suffix] += 1
+        elif not is_container_name(name):
+            rejects.append((printable(name), PACKED if suffix in ARCHIVE_SUFFIXES else NO_IMAGE))
     if not left_out:
-        return rejects, []
+        return candidates, rejects, []
     told = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
-    return rejects, [Note(f"files beside images are no images: {told}")]
+    return candidates, rejects, [Note(f"files beside images are no images: {told}")]
 
 
 def _has_image(stem: str, names: Sequence[str]) -> bool:

@@ -32,11 +32,10 @@ from drorae.data.readers.filesystem import (
 )
 from drorae.data.readers.folder import (
     SPARK_FILES,
-    is_candidate_name,
     is_container_name,
     list_folder,
-    others,
     read_files,
+    sorted_out,
 )
 from drorae.data.readers.parquet import list_parquet, read_parquet
 from drorae.data.readers.tar import list_tar, read_tar
@@ -190,8 +189,7 @@ def _list_mixed(
 
 
 def _beside_containers(names: Sequence[str]) -> list[tuple[str, str]]:
-    rejects, _ = others(names)
-    files = [name for name in names if is_candidate_name(name)]
+    files, rejects, _ = sorted_out(names)
     return [*rejects, *((printable(name), BESIDE_CONTAINERS) for name in files)]
 
 

@@ -174,7 +174,10 @@ def _listing(uri: str, name: str, infos: Sequence[zipfile.ZipInfo], stated: Stat
     for info in infos:
         path = _path(info)
         unix = path.replace("\\", "/")
-        if info.is_dir() or unix.endswith("/"):
+        if info.filename.endswith(("/", "\\")):
+            continue
+        if not path:
+            rejects.append(("", "a member without a name"))
             continue
         if is_hidden(unix):
             num_hidden += is_image_name(unix)

@@ -46,11 +46,11 @@ def texts_of(listing: Listing) -> str:
 def damaged(data: bytes, seed: int = 0) -> Iterator[bytes]:
     """A file with one changed byte in many places, and cut at every 7th byte."""
     draw = random.Random(seed)
-    for place in sorted({*range(0, len(data), 97), *draw.sample(range(len(data)), 150)}):
+    for place in sorted({*range(0, len(data), 193), *draw.sample(range(len(data)), 80)}):
         changed = bytearray(data)
         changed[place] ^= draw.choice((0x01, 0x80, 0xFF))
         yield bytes(changed)
-    step = max(7, len(data) // 7 // 150 * 7)
+    step = max(7, len(data) // 7 // 80 * 7)
     for end in range(0, len(data), step):
         yield data[:end]
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -228,6 +229,15 @@ def test_label_order_is_by_value_of_numbers_else_by_code_point(tmp_path: Path) -
     assert read(tmp_path / "numbers").class_names == ("2", "9", "10")
     write(tmp_path / "text", [f"{name}/1.png" for name in ("b", "B", "ä", "a10", "a9")])
     assert read(tmp_path / "text").class_names == ("B", "a10", "a9", "b", "ä")
+
+
+def test_double_slashes_in_a_store_are_part_of_the_name() -> None:
+    memory = fsspec.filesystem("memory")
+    for number, name in enumerate(("cat//0.png", "/cat/1.png", "dog/2.png")):
+        memory.pipe_file(f"/double/{name}", encoded(pixels(number)))
+    listing = list_source("memory://double")
+    assert found(listing) == {"/cat/1.png": ":cat", "cat//0.png": ":cat", "dog/2.png": ":dog"}
+    assert [r.error for r in read_records(to_candidates(listing.table))] == [""] * 3
 
 
 def failing(error: Exception) -> Any:

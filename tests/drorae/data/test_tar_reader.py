@@ -3,7 +3,9 @@ import random
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from data_fakes import encoded, job, pixels, shard_output
 from reader_fakes import (
     add,
     check_damage,
@@ -290,6 +292,24 @@ def old_gnu_sparse(name: str, pieces: list[tuple[int, int]], size: int, stored: 
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return bytes(header) + stored.ljust(-len(stored) // 512 * -512, b"\0")
+
+
+def test_shards_hold_sparse_pictures_whole(tmp_path: Path):
+    pictures = []
+    with tarfile.open(tmp_path / NAME, "w") as archive:
+        for number in range(4):
+            picture = pixels(number)
+            picture[5:12] = 0
+            content = encoded(picture, "BMP")
+            start = content.index(b"\0" * 300)
+            stored = content[:start] + content[start + 300 :]
+            pieces = [(0, start), (start + 300, len(content) - start - 300)]
+            archive.fileobj.write(old_gnu_sparse(f"{number}.bmp", pieces, len(content), stored))
+            pictures.append(content)
+        archive.offset = archive.fileobj.tell()
+    output = shard_output(tmp_path / "out", job(tmp_path / NAME, pictures="source"))
+    tables = [pa.ipc.open_file(path).read_all() for path in Path(output.uri).glob("*/part-*.arrow")]
+    assert sorted(pa.concat_tables(tables)["image"].to_pylist()) == sorted(pictures)
 
 
 def test_what_is_no_file_is_rejected_by_name(tmp_path: Path):

@@ -198,6 +198,16 @@ def test_a_damaged_directory_is_one_reject(tmp_path: Path):
     assert "No such file" in reasons(listing_of(path))[NAME]
 
 
+def test_a_member_without_a_name_is_a_reject(tmp_path: Path):
+    data = bytearray(write_zip(tmp_path / NAME, {"1": b"1", "2.png": b"2"}).read_bytes())
+    entry = data.index(b"PK\x01\x02")
+    data[entry + 28], data[entry + 30] = 0, 1  # its name is taken for its extra field
+    (tmp_path / NAME).write_bytes(bytes(data))
+    listing = listing_of(tmp_path / NAME)
+    assert contents_of(listing) == {"set.zip/2.png": b"2"}
+    assert reasons(listing) == {"": "a member without a name"}
+
+
 def test_a_zip_that_vanished_gives_errors(tmp_path: Path):
     gone = Candidate("k", "c", "", "zip", str(tmp_path / "gone.zip"), member="a")
     assert next(iter(read_records([gone]))).error
