@@ -169,6 +169,6 @@ def _lost(spec: JobSpec, returncode: int, log_path: Path) -> Failure:
 
 
 def _tail(log_path: Path) -> str:
-    with log_path.open(errors="replace") as lines:
+    with log_path.open(encoding="utf-8", errors="replace") as lines:
         last = deque((line.strip() for line in lines if line.strip()), maxlen=1)
     return last[0][:300] if last else "(the log is empty)"

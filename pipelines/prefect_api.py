@@ -49,7 +49,7 @@ def configured_url(environment: dict[str, str], folder: Path) -> str | None:
     local = _read_toml(folder / "prefect.toml").get("api", {}).get("url")
     if local:
         return str(local)
-    home = Path(environment.get("PREFECT_HOME") or Path.home() / ".prefect")
+    home = Path(environment.get("PREFECT_HOME") or "~/.prefect").expanduser()
     profiles = _read_toml(home / "profiles.toml")
     active = environment.get("PREFECT_PROFILE") or profiles.get("active")
     return profiles.get("profiles", {}).get(active, {}).get("PREFECT_API_URL")
@@ -57,7 +57,7 @@ def configured_url(environment: dict[str, str], folder: Path) -> str | None:
 
 def _read_toml(path: Path) -> dict:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except tomllib.TOMLDecodeError as error:

@@ -43,6 +43,8 @@ from drorae.data.shard_plan import read_plan
 from drorae.failure import Fatal
 from drorae.store import files
 
+MAX_FILE_BYTES = (1 << 31) - 1
+"""Largest file of one picture; a column of a shard counts its bytes in 31 bits."""
 PACK_BYTES = 64 << 20
 """Pictures that a worker holds until it writes them as one pack."""
 
@@ -124,6 +126,8 @@ class CheckPictures:
         data = record.data
         if data is None:
             raise BadImage(record.error)
+        if isinstance(data, bytes) and len(data) > MAX_FILE_BYTES:
+            raise BadImage(f"file of {len(data)} bytes is larger than {MAX_FILE_BYTES}")
         image = decode_image(data, self._rule.limits)
         span = source_span(record.candidate)
         row = {

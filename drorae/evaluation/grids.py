@@ -17,6 +17,9 @@ GAP_PX = 2
 INK = (40, 40, 40)
 PAPER = (255, 255, 255)
 MIN_TILE_PX = 64
+MAX_LABEL_CHARACTERS = 40
+LAST_DRAWN = "\u024f"
+"""Last letter (Latin Extended-B) that the built-in font may have; others would all be one box."""
 
 
 def to_hwc(images: np.ndarray) -> np.ndarray:
@@ -43,7 +46,7 @@ def image_grid(
 
     Args:
         rows: One uint8 array [N, H, W, 3] per row; rows may differ in N.
-        row_labels: One text per row, or none.
+        row_labels: One text per row, or none; a long one is cut.
         column_labels: One text per column, or none.
 
     Returns:
@@ -60,6 +63,7 @@ def image_grid(
             f"image grid got {len(row_labels)} row labels for {len(rows)} rows: expected one each "
             "or none."
         )
+    row_labels, column_labels = ([*map(_drawn, t)] for t in (row_labels, column_labels))
     height, width = next(r for r in rows if len(r)).shape[1:3]
     factor = max(1, -(-MIN_TILE_PX // min(height, width)))
     tile_h, tile_w = height * factor, width * factor
@@ -89,6 +93,14 @@ def png_bytes(picture: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
+
+
+def _drawn(text: str) -> str:
+    """A label in one line of letters that the font has, cut to what fits beside a picture."""
+    line = "".join(c if c <= LAST_DRAWN else "?" for c in " ".join(text.split()))
+    printable = "".join(c if c.isprintable() else "?" for c in line)
+    cut = printable[: MAX_LABEL_CHARACTERS - 3] + "..."
+    return printable if len(printable) <= MAX_LABEL_CHARACTERS else cut
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -218,7 +218,9 @@ def _pictures(run: _Run, found: Reconstructions, has_routing: bool) -> dict[str,
     classes = int(config["num_classes"])
     for guidance in evaluate.guidances:
         images = _samples_by_class(run, guidance, classes)
-        labels = [str(class_names[i]) if i < len(class_names) else str(i) for i in images]
+        # The number stands first: names may share their beginning, or have no letter of the font.
+        named = {i: f"{i} {name}" for i, name in enumerate(class_names) if name != str(i)}
+        labels = [named.get(i, str(i)) for i in images]
         pictures[f"samples-{guidance}"] = image_grid(list(images.values()), row_labels=labels)
     if has_routing:
         pictures["routing"] = read_arrays(values_uri(work_uri, "routing", 0))["picture"]

@@ -82,7 +82,7 @@ class Part:
     def content(self) -> Mapping[str, Any]:
         """The parsed configuration file."""
         try:
-            content = json.loads((self.folder / self.config_file).read_text())
+            content = json.loads((self.folder / self.config_file).read_bytes())
         except ValueError as error:
             raise ValueError(f"{self.config_file} is no JSON: {error}") from error
         if not isinstance(content, Mapping):

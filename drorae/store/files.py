@@ -9,9 +9,10 @@ for (`patience.py`).
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,8 +206,31 @@ def _abandon(target: Any) -> None:
 
 
 def encode_json(value: Any) -> bytes:
-    """JSON as this project stores it: sorted keys, indented, final newline."""
+    """JSON as this project stores it: sorted keys, indented, final newline.
+
+    Raises:
+        ValueError: A number is not finite; says which.
+    """
+    found = _not_finite(value, "")
+    if found:
+        raise ValueError(f"{found} is not finite, which JSON cannot hold: expected a number.")
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def encode_log_row(row: Mapping[str, float]) -> bytes:
+    """One line of a log of numbers, null for what is not finite."""
+    finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+    return (json.dumps(finite, allow_nan=False) + "\n").encode()
+
+
+def _not_finite(value: Any, path: str) -> str:
+    """Where the first NaN or infinity lies, with its value; empty without any."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{path}={value}"
+    inner = value.items() if isinstance(value, dict) else ()
+    inner = enumerate(value) if isinstance(value, list | tuple) else inner
+    places = (_not_finite(item, f"{path}.{key}" if path else f"{key}") for key, item in inner)
+    return next((place for place in places if place), "")
 
 
 def write_json(uri: str, value: Any) -> FileEntry:

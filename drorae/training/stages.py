@@ -4,7 +4,6 @@
 every Ray Train worker runs. Neither loop nor module knows which of them called it.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -28,6 +27,7 @@ from drorae.models.dit import DiT
 from drorae.models.encoder import Encoder, EncoderConfig, build_encoder
 from drorae.models.fusion import FusionConfig, build_fusion
 from drorae.models.fusion_config import UNTRAINED_KINDS, blocks_read
+from drorae.store import files
 from drorae.store.context import StageContext, StageResult
 from drorae.tracking import NullTracker, Tracker, connect
 from drorae.training.critic import Critic
@@ -377,12 +377,12 @@ def _write(
     if not world.is_main:
         return StageResult(files=[])
     average = ema_state_dict(report.ema, report.weights)
-    log = "".join(json.dumps(row) + "\n" for row in report.history)
+    log = b"".join(files.encode_log_row(row) for row in report.history)
     entries = [
         ctx.put_bytes(f"{name}.safetensors", weights_bytes(average)),
         ctx.put_bytes(f"{name}_online.safetensors", weights_bytes(report.weights)),
         ctx.put_json("config.json", settings),
-        ctx.put_bytes("train_log.jsonl", log.encode()),
+        ctx.put_bytes("train_log.jsonl", log),
     ]
     schedule = {f"schedule/{k}": v for k, v in settings.get("schedule", {}).items()}
     return StageResult(files=entries, metrics=_final_metrics(report.history) | schedule)

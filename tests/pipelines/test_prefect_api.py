@@ -39,6 +39,17 @@ def test_the_environment_wins_over_the_file_and_the_file_over_the_profile(tmp_pa
     assert prefect_api.configured_url(environment, tmp_path) == "http://variable/api"
 
 
+def test_the_profiles_may_lie_below_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    profile = 'active = "größer"\n[profiles."größer"]\nPREFECT_API_URL = "http://profile/api"\n'
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "profiles.toml").write_text(profile, encoding="utf-8")
+    found = prefect_api.configured_url({"PREFECT_HOME": "~/own"}, tmp_path)
+    assert found == "http://profile/api"
+
+
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "prefect.toml").write_text("[api")
     with pytest.raises(ValueError, match=r"prefect\.toml is not TOML"):

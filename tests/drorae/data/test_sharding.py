@@ -127,6 +127,15 @@ def test_shards_end_at_a_number_of_bytes(tmp_path: Path, monkeypatch):
     assert len(rows(output, "train")) == 10
 
 
+def test_a_file_larger_than_a_column_can_hold_is_refused(tmp_path: Path, monkeypatch):
+    source = make_folder(tmp_path / "photos")
+    (source / "cat" / "000.png").write_bytes(encoded(pixels(0)) + bytes(100_000))
+    monkeypatch.setattr("drorae.data.shard_files.MAX_FILE_BYTES", 100_000)
+    found = rejects(shard_output(tmp_path, job(source, val_fraction=0.0)))
+    assert list(found) == ["cat/000.png"]
+    assert "bytes is larger than 100000" in found["cat/000.png"]
+
+
 def test_a_source_that_changes_meanwhile_ends_the_stage_and_is_checked_anew(tmp_path: Path):
     source = make_folder(tmp_path / "photos", per_class=3)
     other = encoded(pixels(999))

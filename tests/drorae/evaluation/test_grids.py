@@ -42,3 +42,12 @@ def test_empty_grid_and_wrong_label_count_are_refused() -> None:
         image_grid([tiles(0)])
     with pytest.raises(ValueError, match="row labels"):
         image_grid([tiles(1)], row_labels=["a", "b"])
+
+
+def test_any_name_fits_beside_a_picture() -> None:
+    names = ["a" * 500, "\u6f22\u5b57", "two\nlines", "caf\u00e9", "\ud800", "\x00"]
+    picture = image_grid([tiles(1)] * len(names), row_labels=names)
+    assert picture.shape[1] < 64 + 500
+    drawn = image_grid([tiles(1)] * 2, row_labels=["a" * 37 + "...", "two lines"])
+    again = image_grid([tiles(1)] * 2, row_labels=["a" * 41, "two \n lines"])
+    np.testing.assert_array_equal(drawn, again)

@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import json
 import os
 import threading
 
@@ -191,3 +192,21 @@ def test_a_full_disk_under_torch_save_is_named(tmp_path, monkeypatch):
         files.write_with(
             str(tmp_path / "x"), lambda target: torch.save({"w": torch.zeros(9)}, target)
         )
+
+
+def test_json_names_the_number_that_it_cannot_hold() -> None:
+    value = {"fid": {"cfg": [1.0, float("nan")]}}
+    with pytest.raises(ValueError, match=r"fid\.cfg\.1=nan is not finite"):
+        files.encode_json(value)
+
+
+def test_a_row_of_a_log_holds_null_for_what_is_not_finite() -> None:
+    row = {"step": 1, "loss": float("nan"), "psnr": float("inf"), "lr": 0.5}
+    line = files.encode_log_row(row)
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "step": 1,
+        "loss": None,
+        "psnr": None,
+        "lr": 0.5,
+    }
+    assert line.endswith(b"\n")
