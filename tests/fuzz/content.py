@@ -206,6 +206,19 @@ def check_damaged(source: Source, outcome: Outcome, may_lose: bool) -> None:
         raise Fault(f"lost without a word: {sorted(lost)}")
     for key, data in outcome.contents.items():
         _check_content(source, key, data, may_lose)
+    if source.has_checksums and source.path.suffix == ".parquet":
+        _check_classes(source, outcome)
+
+
+def _check_classes(source: Source, outcome: Outcome) -> None:
+    """Labels that checksums cover are right, or there are none at all."""
+    if outcome.listing is None:
+        return
+    table = outcome.listing.table
+    found = dict(zip(table["key"].to_pylist(), table["class_name"].to_pylist(), strict=True))
+    for key, row in source.rows.items():
+        if key in outcome.contents and found[key] not in (row.class_name, "all"):
+            raise Fault(f"{key}: class {found[key]!r} instead of {row.class_name!r}")
 
 
 def _check_content(source: Source, key: str, data: bytes, may_lose: bool) -> None:

@@ -1,15 +1,19 @@
 """One iteration of each reader's fuzzing, a function of (seed, reader, iteration)."""
 
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.fuzz import folders, names, parquets, pictures, stated, tars, zips
+from tests.fuzz import folders, names, parquets, pictures, several, stated, tars, zips
 from tests.fuzz.content import Source, check_clean, check_damaged, read
 from tests.fuzz.damage import damaged
 from tests.fuzz.draws import Draw
 
 CLEAN_SHARE = 0.4
 """Iterations whose source is not damaged."""
+
+OTHER_CONTENT = (b"", b"\0" * 4096, gzip.compress(b"text"), b"PK\x05\x06" + bytes(18), b"PAR1PAR1")
+"""What may lie under the name of a container; some of it is an empty one."""
 
 
 def iterate(reader: str, seed: int, iteration: int, folder: Path) -> None:
@@ -35,6 +39,8 @@ def _container(build: Callable[[Draw, Path], Source]) -> Callable[[Draw, Path, b
             check_clean(source, read(source))
             return
         data, may_lose = damaged(draw, source, source.path.read_bytes())
+        if draw.chance(0.05):
+            data, may_lose = draw.pick(OTHER_CONTENT), True
         source.path.write_bytes(data)
         check_damaged(source, read(source), may_lose)
 
@@ -42,14 +48,14 @@ def _container(build: Callable[[Draw, Path], Source]) -> Callable[[Draw, Path, b
 
 
 def _folder(draw: Draw, folder: Path, is_damaged: bool) -> None:
-    source = folders.build(draw, folder)
+    source = draw.pick((folders.build, folders.build, several.build))(draw, folder)
     if not is_damaged:
         check_clean(source, read(source))
         return
     path = folders.damage_target(draw, source)
-    data, _ = damaged(draw, Source(path), path.read_bytes())
+    data, may_lose = damaged(draw, Source(path), path.read_bytes())
     path.write_bytes(data)
-    check_damaged(source, read(source), may_lose=False)
+    check_damaged(source, read(source), may_lose=may_lose and path.suffix in (".tar", ".parquet"))
 
 
 READERS: dict[str, Callable[[Draw, Path, bool], None]] = {

@@ -12,6 +12,8 @@ from tests.fuzz.content import Row, Source
 from tests.fuzz.damage import BLOCK_BYTES
 from tests.fuzz.draws import FORMATS, Draw, composed, different_names, encode, picture
 
+NUMBERS = ("0", "2", "10")
+
 FORMATS_OF_TAR = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 
 NO_IMAGES = ("README.md", "._7.jpg", "sub/.hidden.png", "more.tar", "labels.txt", "a/.DS_Store")
@@ -154,7 +156,7 @@ def _samples(writer: TarWriter) -> None:
     folder = "train/" if draw.chance(0.3) else ""
     classes = [composed(name) for name in different_names(draw, draw.number(2, 4))]
     if draw.chance(0.5):
-        classes = ["0", "2", "10"]
+        classes = list(NUMBERS)
     state = draw.pick((_state_cls, _state_json))
     stems = different_names(draw, draw.number(2, 8))
     with_masks = draw.chance(0.2)
@@ -197,7 +199,7 @@ def _state_cls(draw: Draw, stem: str, label: str) -> tuple[str, bytes]:
 
 
 def _state_json(draw: Draw, stem: str, label: str) -> tuple[str, bytes]:
-    value: object = int(label) if label.isdecimal() and draw.chance(0.7) else label
+    value: object = int(label) if label in NUMBERS and draw.chance(0.7) else label
     value = float(value) if isinstance(value, int) and draw.chance(0.3) else value
     value = draw.pick((value, value, value, value, None, [1, 2], True))
     return f"{stem}.json", json.dumps({"label": value}, ensure_ascii=draw.chance(0.5)).encode()
