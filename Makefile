@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt 2>/dev/nu
 WORKSPACE ?= runs
 # Floor of the share of lines of drorae/ and pipelines/ that the tests run, percent.
 COVERAGE ?= 85
+# Minutes of `make fuzz` for each reader.
+MINUTES ?= 1
 # Scenarios of `make chaos`, such as "worker node"; empty: all.
 CHAOS_ONLY ?=
 # What draws their moments and victims.
@@ -17,7 +19,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup assets demo lint format types test test-slow chaos rehearsal up down status docs check clean
+.PHONY: help setup assets demo lint format types test test-slow chaos fuzz rehearsal up down status docs check clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'\t' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -60,6 +62,9 @@ test-slow: $(STAMP) ## Only the tests that start real servers
 
 chaos: $(STAMP) ## Kill and stop processes of a running stage; a table of what came of it
 	$(BIN)/python -m tests.chaos --seed $(CHAOS_SEED) $(foreach name,$(CHAOS_ONLY),--only $(name))
+
+fuzz: $(STAMP) ## Good and damaged sources to every reader; ends with 1 if a picture or label is lost
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 rehearsal: $(STAMP) ## The data plane at ImageNet's shape, over a capped network; a table of what it took
 	$(BIN)/python -m tests.rehearsal
