@@ -19,7 +19,8 @@ STATE = REPOSITORY / ".drorae" / "services"
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "DRORAE_", "COVERAGE_"))}
+    left_out = ("PREFECT_", "DRORAE_", "COVERAGE_")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
     tests = REPOSITORY / "tests"
     paths = [tests / "integration" / "fake_site", REPOSITORY, tests / "pipelines"]
     return kept | {
