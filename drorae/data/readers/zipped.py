@@ -37,7 +37,7 @@ from drorae.data.readers.damage import (
     reason_of,
 )
 from drorae.data.readers.filesystem import open_file
-from drorae.data.readers.folder import is_candidate_name, others
+from drorae.data.readers.folder import is_candidate_name, sorted_out
 from drorae.data.readers.labels import Stated, is_label_file, path_key, stated_by_files
 from drorae.data.readers.ranges import Span, read_spans
 from drorae.data.readers.tar_members import inside
@@ -197,7 +197,8 @@ def _listing(uri: str, name: str, infos: Sequence[zipfile.ZipInfo], stated: Stat
         else:
             rows.append((path, stated.label_of.get(path_key(path), ""), info))
     absent = stated.absent(members) if stated.decides else ()
-    no_images, notes = others(sorted(n for n in names if not n.lower().endswith(NESTED_SUFFIXES)))
+    not_nested = sorted(n for n in names if not n.lower().endswith(NESTED_SUFFIXES))
+    _, no_images, notes = sorted_out(not_nested)
     return Listing(
         table=listed(
             "zip",
