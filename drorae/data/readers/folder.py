@@ -76,7 +76,10 @@ def list_folder(uri: str, names: Sequence[str], rule: ReadRule) -> Listing:
     """
     root = uri.rstrip("/")
     files = {name: read_content(f"{root}/{name}") for name in names if is_label_file(name)}
-    stated = stated_by_files(files, rule)
+    try:
+        stated = stated_by_files(files, rule)
+    except ValueError as error:
+        raise ValueError(f"in {uri!r}: {error}") from error
     candidates, rejects, notes = sorted_out(names)
     bad = {name for name in candidates if stated.rejects and path_key(name) in stated.rejects}
     images = [name for name in candidates if name not in bad]
