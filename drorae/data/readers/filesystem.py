@@ -22,9 +22,6 @@ LISTING_THREADS = 16
 
 AMBIGUOUS = "?versionId= or //, which S3 clients read in different ways"
 
-VERSION_SIGN = "?versionId="
-"""What s3fs takes for the version of an object, though a name may hold it."""
-
 ListingProgress = Callable[[int, int], None]
 """Called with (folders or containers listed, in all)."""
 
@@ -75,8 +72,6 @@ def read_content(uri: str, start: int = 0, end: int | None = None) -> bytes:
         OSError: It cannot be read.
         RuntimeError: The object store refused or did not answer.
     """
-    if is_s3(uri) and VERSION_SIGN in uri:
-        return s3.get_with_etag(uri)[0][start:end]
     if is_remote(uri):
         file_system, path = _remote(uri)
         limits = {} if end is None else {"start": start, "end": end}

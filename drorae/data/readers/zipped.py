@@ -197,9 +197,8 @@ def _listing(uri: str, name: str, infos: Sequence[zipfile.ZipInfo], stated: Stat
         else:
             rows.append((path, stated.label_of.get(path_key(path), ""), info))
     absent = stated.absent(members) if stated.decides else ()
-    _, no_images, notes = sorted_out(
-        sorted(n for n in names if not n.lower().endswith(NESTED_SUFFIXES))
-    )
+    not_nested = sorted(n for n in names if not n.lower().endswith(NESTED_SUFFIXES))
+    _, no_images, notes = sorted_out(not_nested)
     return Listing(
         table=listed(
             "zip",
