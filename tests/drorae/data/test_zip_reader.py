@@ -74,11 +74,11 @@ def test_backslashes_are_separators_and_keys_keep_them(tmp_path: Path):
     assert reasons(listing) == {r"tulip\0.png": "replaced by a later member of the same name"}
 
 
-@pytest.mark.parametrize("raw", ["caf\u00e9".encode(), "caf\u00e9".encode("cp437")])
+@pytest.mark.parametrize("raw", ["\u00e9t\u00e9".encode(), "\u00e9t\u00e9".encode("cp437")])
 def test_names_without_the_utf8_flag_are_utf8_if_they_can_be(tmp_path: Path, raw: bytes):
     path = write_zip(tmp_path / NAME, {f"{'x' * len(raw)}/0.png": b"0"})
     listing = listing_of(changed(path, b"x" * len(raw), raw))
-    assert contents_of(listing) == {"set.zip/caf\u00e9/0.png": b"0"}
+    assert contents_of(listing) == {"set.zip/\u00e9t\u00e9/0.png": b"0"}
 
 
 def test_the_last_member_of_a_name_counts(tmp_path: Path):
