@@ -1,5 +1,6 @@
 import io
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from data_fakes import encoded, make_folder, pixels
 from drorae.data.assets.substitutes import write_sheets
 from drorae.data.readers.candidates import Candidate, Listing, to_candidates
 from drorae.data.readers.cifar import list_cifar
+from drorae.data.readers.filesystem import read_content
 from drorae.data.readers.source import list_source, read_records
 from drorae.store import s3
 
@@ -172,3 +174,15 @@ def test_remote_sources_go_through_fsspec(tmp_path: Path):
     assert contents("memory://photos")["cat/1.png"] == encoded(pixels(0))
     with pytest.raises(FileNotFoundError, match="does not exist or is empty"):
         list_source("memory://nothing")
+
+
+def test_a_length_that_lies_reserves_no_memory(tmp_path: Path):
+    path = tmp_path / "a"
+    path.write_bytes(b"content")
+    tracemalloc.start()
+    try:
+        assert read_content(str(path), 3, 1 << 30) == b"tent"
+        assert read_content(str(path), 99, 1 << 30) == b""
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
