@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from posixpath import dirname
 
 from drorae.data.readers.candidates import Note, printable
-from drorae.data.readers.class_paths import described, split_of_word
+from drorae.data.readers.class_paths import described
 from drorae.data.readers.labels import label_text
+from drorae.data.readers.split_words import split_of_word
 
 __all__ = ["CONTAINER_SUFFIXES", "archive_class", "container_splits", "is_shard_numbering"]
 

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 
 from drorae.data.readers.candidates import Note, printable, sort_class_names
 from drorae.data.readers.labels import label_text
+from drorae.data.readers.split_words import split_of_word, splits_of_folders
 
-__all__ = ["Place", "Reading", "described", "read_folders", "split_of_word"]
+__all__ = ["Place", "Reading", "described", "read_folders"]
 
-SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing", "eval"), "test"),
-}
-"""Names of folders and shards that mean a split."""
+NAMES_BESIDE_IMAGES = """
+images image imgs img jpegimages masks mask segmentations segmentation segmentationclass labels
+annotations annotation depth thumbnails thumbs previews
+"""
+BESIDE_IMAGES = frozenset(NAMES_BESIDE_IMAGES.split())
+"""Folders of what belongs to images, and of images that lie beside it; rarely classes."""
 
 OUTSIDE = "lies outside of every class folder"
 IN_FOLDER = "lies in a folder, although most images do not"
@@ -56,11 +57,6 @@ class Reading:
     """Of every folder."""
     notes: tuple[Note, ...]
     """What was decided."""
-
-
-def split_of_word(word: str) -> str:
-    """`train`, `val` or `test` when a word means a split, else empty."""
-    return SPLIT_WORDS.get(word.lower(), "")
 
 
 def described(names: Sequence[str]) -> str:
@@ -111,6 +107,11 @@ def _read(counts: Counts, notes: list[Note], has_classes: bool) -> dict[Parts, P
     names = sort_class_names({p.class_name for p in places.values()} - {""})
     if names:
         notes.append(Note(f"classes are folders: {described(names)}"))
+    beside = [name for name in names if name.lower() in BESIDE_IMAGES]
+    if beside and len(names) > 1:
+        text = f"folders {', '.join(beside)} are read as classes, but by their names they hold "
+        text += "images and what belongs to them: set shard.source to the folder that is meant"
+        notes.append(Note(text, is_doubtful=True))
     return places
 
 
@@ -152,9 +153,8 @@ def _is_few(count: int, of: int) -> bool:
 def _splits(counts: Counts, notes: list[Note]) -> dict[str, str]:
     """Split of each top folder that is one; empty: the tops are no splits."""
     tops = _tops(counts)
-    split_of = {top: split_of_word(top) for top in tops if split_of_word(top)}
-    kinds = set(split_of.values())
-    if "train" not in kinds or len(kinds) < 2:
+    split_of = splits_of_folders(tops)
+    if not split_of:
         return {}
     others = tops.total() - sum(tops[top] for top in split_of)
     if others * 2 > tops.total():
@@ -164,13 +164,14 @@ def _splits(counts: Counts, notes: list[Note]) -> dict[str, str]:
     if others:
         text = f"{others} images lie beside the splits {', '.join(split_of)} and are left out"
         notes.append(Note(printable(text), is_doubtful=True))
-    if "val" not in kinds:
+    if "val" not in split_of.values():
         split_of = {top: "val" if kind == "test" else kind for top, kind in split_of.items()}
     told = ", ".join(
         f"{top} is {split_of[top] if split_of[top] != 'test' else 'left out'} ({tops[top]} images)"
         for top in split_of
     )
-    notes.append(Note(printable(f"splits are folders: {told}")))
+    is_doubtful = not all(map(split_of_word, split_of))
+    notes.append(Note(printable(f"splits are folders: {told}"), is_doubtful))
     return split_of
 
 

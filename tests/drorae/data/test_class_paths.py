@@ -134,3 +134,28 @@ def test_files_of_unknown_kind_make_no_class() -> None:
     assert places["docs"].reason
     assert places["cat/more"].class_name == "cat"
     assert read_folders({"cat": 0, "dog": 0}).places["dog"].class_name == "dog"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("seg_train", "seg_test"), ("train2017", "val2017"), ("training_set", "test_set")],
+)
+def test_splits_with_the_same_other_words_are_read_and_told(names: tuple[str, str]) -> None:
+    train, val = names
+    paths = [f"{split}/{split}/{name}/1.png" for split in names for name in ("sea", "ice")]
+    found = read(*paths, "seg_pred/1.png")
+    assert found.pop("seg_pred/1.png") == "lies in no split"
+    assert set(found.values()) == {"train:sea", "train:ice", "val:sea", "val:ice"}
+    assert f"{train} is train" in "".join(doubts(*paths))
+    assert f"{val} is val" in "".join(doubts(*paths))
+
+
+def test_classes_with_words_of_splits_and_others_are_classes() -> None:
+    found = read("passenger train/1.png", "crash test/2.png")
+    assert set(found.values()) == {":passenger train", ":crash test"}
+
+
+def test_folders_of_what_belongs_to_images_are_told() -> None:
+    told = "".join(doubts("cub/images/1.png", "cub/masks/1.png"))
+    assert "folders images, masks are read as classes" in told
+    assert not doubts("images/1.png")
