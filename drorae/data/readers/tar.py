@@ -125,7 +125,7 @@ def _listing(
             if isinstance(place, Place):
                 places[member] = place
                 (images if is_image else unknown).append(member)
-            elif is_image:
+            elif is_image or isinstance(entry, Link):
                 rejects.append((member, _why_not(entry, place)))
     # What an image links to is no other image.
     starts = {places[member].start for member in images} if unknown else set()
@@ -162,7 +162,7 @@ def _why_not(entry: Entry, target: Entry | None) -> str:
     if not isinstance(entry, Link):
         return str(entry)
     if target is None:
-        return f"link to {entry.text}, which the archive does not hold"
+        return f"link to {entry.text}, which is no file of the archive"
     return f"link to {entry.text}, which {target}"
 
 
