@@ -16,6 +16,7 @@ from typing import Any
 from drorae.data.readers.candidates import (
     Candidate,
     Listing,
+    Note,
     ReadRule,
     Record,
     file_name_bytes,
@@ -166,6 +167,23 @@ def _path(info: zipfile.ZipInfo) -> str:
     return inside(written, is_member=True) or ""
 
 
+def _is_utf_8(info: zipfile.ZipInfo) -> bool:
+    try:
+        _raw_name(info).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _note_of_encoding(paths: Sequence[str]) -> tuple[Note, ...]:
+    """Names whose encoding no one states, as archives made on Windows in Asia have them."""
+    if not paths:
+        return ()
+    text = f"{len(paths)} names are not in UTF-8 and are read in code page 437, such as {paths[0]}:"
+    text += " classes may be written otherwise than they were meant"
+    return (Note(printable(text), is_doubtful=True),)
+
+
 def _listing(uri: str, name: str, infos: Sequence[zipfile.ZipInfo], stated: Stated) -> Listing:
     members: dict[str, tuple[str, zipfile.ZipInfo]] = {}
     rejects: list[tuple[str, str]] = []
@@ -210,7 +228,13 @@ def _listing(uri: str, name: str, infos: Sequence[zipfile.ZipInfo], stated: Stat
             member=[_raw_name(info).decode("utf-8", "surrogateescape") for _, _, info in rows],
         ),
         rejects=[(printable(f"{name}/{path}"), reason) for path, reason in [*rejects, *no_images]],
-        notes=(*stated.notes, *absent, *notes, *note_of_hidden(num_hidden)),
+        notes=(
+            *stated.notes,
+            *absent,
+            *notes,
+            *note_of_hidden(num_hidden),
+            *_note_of_encoding([path for path, _, info in rows if not _is_utf_8(info)]),
+        ),
         has_stated_labels=stated.decides,
     )
 

@@ -242,3 +242,13 @@ def test_any_damage_gives_rejects_or_good_rows(tmp_path: Path):
     write_zip(tmp_path / NAME, members | {"dataset.json": labels}, zipfile.ZIP_DEFLATED)
     known = {f"set.zip/{name}": data for name, data in members.items()}
     check_damage(list_zip, tmp_path / NAME, (tmp_path / NAME).read_bytes(), known)
+
+
+def test_names_in_no_known_encoding_are_told(tmp_path: Path):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("XX/0.png"), b"0")
+        archive.writestr(zipfile.ZipInfo("cat/0.png"), b"1")
+    path.write_bytes(path.read_bytes().replace(b"XX/", "狗".encode("gbk") + b"/"))
+    notes = list_zip(str(path), path.name, ReadRule()).notes
+    assert ["1 names are not in UTF-8" in note.text for note in notes if note.is_doubtful] == [True]
