@@ -22,7 +22,7 @@ from drorae.data.readers.candidates import Listing, Note, dictionary_of, with_va
 from drorae.data.readers.class_paths import described
 from drorae.data.readers.completing import without_rows
 from drorae.data.readers.filesystem import read_content
-from drorae.data.readers.labels import BadLabel, cell_label, path_key
+from drorae.data.readers.labels import BadLabel, cell_label, decoded, path_key
 
 __all__ = ["labelled_by_file", "read_label_file"]
 
@@ -50,7 +50,7 @@ def read_label_file(uri: str, setting: str) -> dict[str, str]:
         RuntimeError: The object store refused or did not answer.
     """
     try:
-        text = read_content(expanduser(uri)).decode("utf-8-sig")
+        text = decoded(read_content(expanduser(uri)), "strict")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{setting}={uri!r} does not exist: correct it.") from error
     except UnicodeDecodeError as error:

@@ -9,6 +9,7 @@ Here too are the label files that lie among the images of a folder or a zip: Sty
 say is in `class_paths`, label files outside of a source are in `label_files`.
 """
 
+import codecs
 import csv
 import io
 import json
@@ -24,12 +25,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from drorae.data.readers.candidates import Note, ReadRule, printable
+from drorae.data.readers.candidates import Note, ReadRule, is_image_name, printable
 
 __all__ = [
     "BadLabel",
     "Stated",
     "cell_label",
+    "decoded",
     "is_label_file",
     "label_text",
     "path_key",
@@ -88,7 +90,7 @@ def label_text(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, bytes):
-        value = value.decode("utf-8-sig", "backslashreplace")
+        value = decoded(value)
     if isinstance(value, str):
         return unicodedata.normalize("NFC", printable(value.strip("\ufeff \t\r\n\0")))
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -98,6 +100,15 @@ def label_text(value: Any) -> str:
     if math.isinf(value) or value != math.floor(value):
         raise BadLabel(f"label {value} is no whole number")
     return "" if value < 0 else str(math.floor(value))
+
+
+def decoded(data: bytes, errors: str = "backslashreplace") -> str:
+    """Text of a label or of a label file: UTF-8, or UTF-16 where a byte order mark says so.
+
+    PowerShell for Windows writes UTF-16.
+    """
+    is_utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if is_utf_16 else "utf-8-sig", errors)
 
 
 def cell_label(text: str) -> str:
@@ -175,7 +186,7 @@ def _expected(path: str) -> str:
 
 
 def _text(data: bytes) -> str:
-    return data.decode("utf-8-sig")
+    return decoded(data, "strict")
 
 
 def _stylegan_entries(path: str, content: Any, notes: list[Note]) -> list[Entry] | None:
@@ -184,6 +195,8 @@ def _stylegan_entries(path: str, content: Any, notes: list[Note]) -> list[Entry]
         text = f"{path} says that there are no labels, so folders are no classes"
         notes.append(Note(printable(text)))
         return []
+    if isinstance(labels, dict) and all(map(is_image_name, labels)):  # its loader takes both
+        labels = list(labels.items())
     if not isinstance(labels, list) or not labels:
         text = f"{path} has no list `labels`, so it states none; StyleGAN's own file has one"
         notes.append(Note(printable(text), is_doubtful=True))

@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from drorae.data.readers.candidates import Note, ReadRule, is_image_name, printable
-from drorae.data.readers.labels import BadLabel, cell_label, label_text
+from drorae.data.readers.labels import BadLabel, cell_label, decoded, label_text
 
 LABEL_FIELDS = ("label", "cls", "class", "class_name")
 """Fields of the JSON beside an image that may give its class, the first stated one does."""
@@ -87,7 +87,7 @@ def _label_extensions(rule: ReadRule) -> tuple[str, ...]:
 def member_label(name: str, data: bytes, rule: ReadRule) -> Label | None:
     """Label that the content of a member states; none if it does not speak of labels."""
     try:
-        text = data.decode("utf-8-sig", "backslashreplace")
+        text = decoded(data)
         if not name.lower().endswith(".json"):
             return Label(cell_label(text))
         value = json.loads(text)

@@ -173,3 +173,13 @@ def test_names_are_compared_in_one_form_of_unicode() -> None:
 def test_a_damaged_label_file_is_one_clear_error(path: str, data: bytes) -> None:
     with pytest.raises(ValueError, match=f"label file '{path}' in the source cannot be read"):
         stated(path, data)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-8"])
+def test_text_may_be_what_windows_writes(encoding: str) -> None:
+    assert label_text("café\r\n".encode(encoding)) == "café"
+
+
+def test_labels_of_stylegan_may_be_a_mapping() -> None:
+    found = stated("dataset.json", {"labels": {"00000/a.png": 3, "00000/b.png": 1}})
+    assert found.label_of == {"00000/a.png": "3", "00000/b.png": "1"}
