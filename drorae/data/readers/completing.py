@@ -25,6 +25,12 @@ from drorae.data.readers.class_paths import described
 
 __all__ = ["check_val_classes", "complete", "split_values", "training_classes", "without_rows"]
 
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt")
+"""Files that may be what `shard.label_file` expects."""
+
+MISSING_WORDS = frozenset({"none", "null", "nan", "n/a", "<na>", "undefined"})
+"""What programs write as text where there is no value."""
+
 NO_LABEL = "has no label although others have"
 SAME_KEY = "another image has this name"
 
@@ -44,7 +50,7 @@ def complete(listing: Listing) -> Listing:
         codes = np.zeros(len(listing), np.int32)
         listing = replace(listing, table=with_values(listing.table, "split", codes, [""]))
     names = listing.class_names or training_classes(listing.table)
-    return replace(listing, class_names=names, notes=(*listing.notes, *_alike(names)))
+    return replace(listing, class_names=names, notes=(*listing.notes, *_odd_names(listing, names)))
 
 
 def split_values(table: pa.Table) -> list[str]:
@@ -92,11 +98,11 @@ def _repeats(table: pa.Table) -> np.ndarray:
 def _label_all(listing: Listing) -> Listing:
     codes, names = dictionary_of(listing.table, "class_name")
     has_class = np.array([name != "" for name in names], bool)[codes]
-    if not has_class.any():
-        if not len(listing):
-            return listing
+    if not len(listing):
+        return listing
+    if not has_class.any() and not _has_bad_labels(listing):
         table = with_values(listing.table, "class_name", np.zeros(len(codes), int), [UNLABELLED])
-        return replace(listing, table=table, notes=(*listing.notes, Note("images have no labels")))
+        return replace(listing, table=table, notes=(*listing.notes, _no_labels(listing)))
     is_missing = ~has_class
     split_codes, splits = dictionary_of(listing.table, "split")
     is_val = np.array([split == "val" for split in splits], bool)[split_codes]
@@ -109,6 +115,22 @@ def _label_all(listing: Listing) -> Listing:
         text = f"{int(is_missing.sum())} images have no label although others have: left out"
         notes.append(Note(text, is_doubtful=True))
     return without_rows(replace(listing, notes=tuple(notes)), is_missing, NO_LABEL)
+
+
+def _no_labels(listing: Listing) -> Note:
+    """That there are no labels, and which files might hold them."""
+    tables = [key for key, _ in listing.rejects if key.lower().endswith(TABLE_SUFFIXES)]
+    if not tables:
+        return Note("images have no labels")
+    text = f"images have no labels; if {tables[0]} holds them, set shard.label_file to it"
+    return Note(text, is_doubtful=True)
+
+
+def _has_bad_labels(listing: Listing) -> bool:
+    """Whether labels are stated, of which none is good."""
+    return listing.has_stated_labels and any(
+        reason.startswith("has no label:") for _, reason in listing.rejects
+    )
 
 
 def _classes_of(table: pa.Table, split: str = "") -> set[str]:
@@ -124,6 +146,20 @@ def _classes_of(table: pa.Table, split: str = "") -> set[str]:
 def training_classes(table: pa.Table) -> tuple[str, ...]:
     """Class names of the images that are not validation, in label order."""
     return tuple(sort_class_names(_classes_of(table) - {""}))
+
+
+def _odd_names(listing: Listing, names: Sequence[str]) -> list[Note]:
+    """Tell what is rarely meant as names of classes."""
+    notes = _alike(names)
+    empty = [name for name in names if name.lower() in MISSING_WORDS]
+    if empty:
+        text = f"classes are called {', '.join(map(repr, empty))}, which often means: no label"
+        notes.append(Note(text, is_doubtful=True))
+    num_numbers = sum(name.isdecimal() for name in names)
+    if listing.has_stated_labels and 0 < num_numbers < len(names):
+        text = f"{num_numbers} labels are numbers and {len(names) - num_numbers} are names, and "
+        notes.append(Note(f"{text}each is a class: {described(names)}", is_doubtful=True))
+    return notes
 
 
 def _alike(names: Iterable[str]) -> list[Note]:

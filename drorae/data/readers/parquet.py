@@ -31,6 +31,7 @@ from drorae.data.readers.parquet_labels import (
     field_of,
     group_labels,
     may_be_labels,
+    partition_label,
     stated_class_names,
 )
 
@@ -65,11 +66,17 @@ def list_parquet(uri: str, name: str, rule: ReadRule) -> Listing:
             parquet = _opened(file)
             schema = parquet.schema_arrow
             sizes = _group_sizes(parquet)
-            problem = _column_problem(uri, schema, rule)
             label_column = _label_column(schema, rule)
-            class_names = stated_class_names(schema, label_column) if label_column else ()
-            for group in range(len(sizes)) if not problem else ():
-                groups.append(_labels(parquet, uri, group, label_column, class_names))
+            class_names = stated_class_names(schema, rule.label_column or "")
+            partition = None
+            if label_column is None and rule.label_column is not None:
+                partition = partition_label(name, rule.label_column, class_names)
+            problem = _column_problem(uri, schema, rule, has_partition=partition is not None)
+            for group, num_rows in enumerate(sizes if not problem else ()):
+                if label_column is None:
+                    groups.append(Labels([partition or ""] * num_rows))
+                else:
+                    groups.append(_labels(parquet, uri, group, label_column, class_names))
     except Exception as error:
         if not is_damage(error, uri):
             raise
@@ -78,9 +85,13 @@ def list_parquet(uri: str, name: str, rule: ReadRule) -> Listing:
     if problem:
         raise ValueError(problem)
     table, rejects = _rows(uri, name, rule.image_column, groups)
-    notes = () if label_column or rule.label_column is None else (_no_labels(rule),)
+    is_stated = label_column is not None or partition is not None
     return Listing(
-        table, rejects, class_names, notes=notes, has_stated_labels=label_column is not None
+        table,
+        rejects,
+        class_names if is_stated else (),
+        notes=tuple(_notes(rule, label_column, partition, class_names)),
+        has_stated_labels=is_stated,
     )
 
 
@@ -93,7 +104,7 @@ def _base(uri: str) -> str:
     return printable(uri.rpartition("/")[2])
 
 
-def _column_problem(uri: str, schema: pa.Schema, rule: ReadRule) -> str:
+def _column_problem(uri: str, schema: pa.Schema, rule: ReadRule, *, has_partition: bool) -> str:
     """What is wrong with the names of columns; empty if nothing is."""
     columns = [printable(name) for name in schema.names]
     if field_of(schema, rule.image_column) is None:
@@ -105,7 +116,8 @@ def _column_problem(uri: str, schema: pa.Schema, rule: ReadRule) -> str:
         if schema.names.count(name or "") > 1:
             return f"{uri!r} has several columns {name!r}: expected one. Rename the others."
     candidates = may_be_labels(schema, rule.image_column)
-    if rule.label_column is None or field_of(schema, rule.label_column) or not candidates:
+    has_labels = has_partition or field_of(schema, rule.label_column or "") is not None
+    if rule.label_column is None or has_labels or not candidates:
         return ""
     return (
         f"{uri!r} has no column {rule.label_column!r}: expected labels there. Set "
@@ -118,22 +130,29 @@ def _label_column(schema: pa.Schema, rule: ReadRule) -> str | None:
     return name if name is not None and field_of(schema, name) is not None else None
 
 
-def _no_labels(rule: ReadRule) -> Note:
-    text = f"there is no column {rule.label_column!r} and none that could hold labels"
-    return Note(f"{text}, so images have none; shard.label_column names it")
+def _notes(
+    rule: ReadRule, label_column: str | None, partition: str | None, class_names: Sequence[str]
+) -> Iterator[Note]:
+    """What was decided about the labels of a file."""
+    if label_column is not None:
+        counted = f", numbers of the {len(class_names)} class names of the file"
+        yield Note(f"labels are column {label_column!r}{counted if class_names else ''}")
+    elif partition is not None:
+        yield Note(f"labels are the folders '{rule.label_column}=...' of the tables", True)
+    elif rule.label_column is not None:
+        text = f"there is no column {rule.label_column!r} and none that could hold labels"
+        yield Note(f"{text}, so images have none; shard.label_column names it")
 
 
 def _labels(
     parquet: pq.ParquetFile,
     uri: str,
     group: int,
-    column: str | None,
+    column: str,
     class_names: Sequence[str],
 ) -> Labels:
     """Labels of a row group; where they cannot be read, a reason for every row."""
     num_rows = parquet.metadata.row_group(group).num_rows
-    if column is None:
-        return Labels([""] * num_rows)
     try:
         labels = group_labels(parquet, group, column, class_names)
         reason = f"holds {len(labels.texts)} labels for {num_rows} rows"

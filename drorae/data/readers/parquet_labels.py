@@ -10,19 +10,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-from drorae.data.readers.labels import BadLabel, cell_label, label_text
+from drorae.data.readers.labels import BadLabel, cell_label, decoded, label_text
 
 LABEL_BATCH_ROWS = 65_536
 """Labels read at a time."""
 
 INDEX_COLUMN = "__index_level_0__"
 """What pandas adds; never a label."""
+
+
+NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+"""Value of a partition of rows without one."""
 
 
 @dataclass(slots=True)
@@ -114,6 +119,27 @@ def group_labels(
     return labels
 
 
+def partition_label(name: str, column: str, class_names: Sequence[str]) -> str | None:
+    """Label that a folder states, as Spark and Arrow write partitions: `label=cat/part-0.parquet`.
+
+    Args:
+        name: Name of the file inside the source.
+        column: The label column.
+        class_names: What numbers count, if anything.
+
+    Returns:
+        The class name, "" for Spark's folder of missing values; None if no folder states one.
+    """
+    value = next(
+        (part.partition("=")[2] for part in name.split("/")[:-1] if part.startswith(f"{column}=")),
+        None,
+    )
+    if value is None or value == NO_PARTITION:
+        return value and ""
+    text = cell_label(unquote(value))
+    return _text(int(text), class_names) if class_names and text.isdecimal() else text
+
+
 def _add(array: Any, class_names: Sequence[str], labels: Labels) -> None:
     first = len(labels.texts)
     codes, values = _coded(array)
@@ -137,6 +163,8 @@ def _coded(array: Any) -> tuple[list[int], list[Any]]:
         array = array.dictionary_decode()
     if types.is_string(array.type) or types.is_large_string(array.type):
         array = array.view(pa.binary() if types.is_string(array.type) else pa.large_binary())
+    if types.is_float16(array.type):  # which Arrow does not compare
+        array = array.cast(pa.float32())
     coded = array.dictionary_encode()
     codes = coded.indices.fill_null(len(coded.dictionary)).to_numpy().astype(np.int64)
     return codes.tolist(), [*coded.dictionary.to_pylist(), None]
@@ -151,7 +179,7 @@ def _text_or_reason(value: Any, class_names: Sequence[str]) -> tuple[str, str]:
 
 def _text(value: Any, class_names: Sequence[str]) -> str:
     if isinstance(value, bytes):
-        return cell_label(value.decode("utf-8-sig", "backslashreplace"))
+        return cell_label(decoded(value))
     if isinstance(value, str):
         return cell_label(value)
     if isinstance(value, Decimal):

@@ -79,14 +79,14 @@ def list_source(
         FileNotFoundError: The source does not exist.
         ValueError: Nothing in it looks like an image, or its labels cannot be understood.
     """
-    listing = _list_any(expanduser(uri), rule or ReadRule(), on_progress)
+    listing = complete(_list_any(expanduser(uri), rule or ReadRule(), on_progress))
     if not len(listing):
         reasons = "; ".join(f"{key}: {reason}" for key, reason in listing.rejects[:5])
         raise ValueError(
             f"source {uri!r} holds no image{f' ({reasons})' if reasons else ''}: expected image "
             "files, .tar, .zip or .parquet files. Correct shard.source."
         )
-    return complete(listing)
+    return listing
 
 
 def check_source(uri: str) -> None:
@@ -159,9 +159,27 @@ def _list_any(uri: str, rule: ReadRule, on_progress: ListingProgress) -> Listing
     elif any(is_image_name(name) for name in names):
         found = _list_mixed(root, names, rule, on_progress)
     else:
-        found = assemble(list(_parts(root, containers, rule, on_progress)), rule)
+        found = _list_containers(root, containers, rule, on_progress)
         found = _with_rejects(found, _beside_containers(names))
     return _with_rejects(found, rejects)
+
+
+def _list_containers(
+    root: str, names: Sequence[str], rule: ReadRule, on_progress: ListingProgress
+) -> Listing:
+    """Containers alone: tables beside archives may be those of captions, as img2dataset writes."""
+    are_tables = [name.lower().endswith(".parquet") for name in names]
+    is_mixed = any(are_tables) and not all(are_tables)
+    parts = list(_parts(root, names, rule, on_progress, others_hold_images=is_mixed))
+    empty = [p.name for p in parts if is_mixed and not len(p.listing) and p.listing.rejects]
+    if not empty or len(empty) == len(parts):
+        return assemble(parts, rule)
+    kept = [part for part in parts if part.name not in set(empty)]
+    found = assemble(kept, rule)
+    text = f"{len(empty)} of {len(parts)} containers hold no image that is read, such as "
+    note = Note(f"{text}{printable(empty[0])!r}; the rejects say why", is_doubtful=True)
+    rejects = [r for part in parts if part.name in set(empty) for r in part.listing.rejects]
+    return _with_rejects(replace(found, notes=(*found.notes, note)), rejects)
 
 
 def _list_mixed(

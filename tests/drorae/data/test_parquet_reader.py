@@ -121,6 +121,7 @@ def test_metadata_without_names_leaves_numbers(tmp_path: Path, metadata: Any):
 @pytest.mark.parametrize(
     ("column", "texts"),
     [
+        (pa.array([np.float16(10), np.float16(2), None], pa.float16()), ["10", "2", ""]),
         (pa.array([2.0, float("nan"), 11.0]), ["2", "", "11"]),
         (pa.array([Decimal("2.00"), None, Decimal("3.00")]), ["2", "", "3"]),
         (pa.array(["cat", None, " dog\n"]), ["cat", "", "dog"]),

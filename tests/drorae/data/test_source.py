@@ -271,3 +271,50 @@ def test_a_store_that_fails_ends_the_reading(monkeypatch, error: Exception) -> N
     use_reader(monkeypatch, {"tar": failing(error)})
     with pytest.raises(type(error)):
         list(read_records(candidates(["a", "bad"])))
+
+
+def test_tables_of_captions_beside_tars_are_rejects_and_told(tmp_path: Path) -> None:
+    for number in range(2):
+        write_tar(tmp_path / f"{number:05d}.tar", [f"cat/{number}.png", f"dog/{number}.png"])
+        pq.write_table(
+            pa.table({"url": ["u"], "caption": ["c"]}), tmp_path / f"{number:05d}.parquet"
+        )
+    listing = read(tmp_path)
+    assert listing.class_names == ("cat", "dog")
+    assert len(listing) == 4
+    assert [key for key, _ in listing.rejects] == ["00000.parquet", "00001.parquet"]
+    assert "2 of 4 containers hold no image" in doubts(listing)
+
+
+def test_rows_without_a_label_are_no_class_where_all_others_have_bad_ones(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [[0], [0, 1], None])
+    with pytest.raises(ValueError, match="has no label: label '\\[0\\]' is no name"):
+        read(path)
+
+
+@pytest.mark.parametrize("labels", [["cat", "None", "dog"], ["nan", "cat", "cat"]])
+def test_names_that_mean_no_label_are_told(labels: Sequence[str], tmp_path: Path) -> None:
+    listing = read(write_parquet(tmp_path / "a.parquet", labels))
+    assert "which often means: no label" in doubts(listing)
+
+
+def test_numbers_beside_names_are_told(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", ["cat", "dog", "owl"])
+    write_parquet(tmp_path / "b.parquet", [0, 1, 0])
+    assert "2 labels are numbers and 3 are names" in doubts(read(tmp_path))
+
+
+def test_partitions_of_a_table_are_labels(tmp_path: Path) -> None:
+    for value in ("hot%20dog", "cat", "__HIVE_DEFAULT_PARTITION__"):
+        write_parquet(tmp_path / f"label={value}" / "part-0.parquet", None, images=1)
+    listing = read(tmp_path)
+    assert listing.class_names == ("cat", "hot dog")
+    assert "labels are the folders 'label=...'" in doubts(listing)
+    assert [reason for _, reason in listing.rejects] == ["has no label although others have"]
+
+
+def test_tables_beside_images_without_labels_are_told(tmp_path: Path) -> None:
+    write(tmp_path, ["train/1.png", "test/2.png", "trainLabels.csv"])
+    listing = read(tmp_path)
+    assert listing.class_names == ("all",)
+    assert "if trainLabels.csv holds them, set shard.label_file" in doubts(listing)
