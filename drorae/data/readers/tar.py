@@ -6,8 +6,10 @@ an archive holds, `webdataset` which of it are images with what label.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from drorae.data.readers.candidates import (
@@ -18,8 +20,10 @@ from drorae.data.readers.candidates import (
     Record,
     listed,
     printable,
+    with_values,
 )
 from drorae.data.readers.damage import (
+    MAX_LABEL_BYTES,
     NESTED,
     NESTED_SUFFIXES,
     REPLACED,
@@ -30,6 +34,7 @@ from drorae.data.readers.damage import (
 )
 from drorae.data.readers.filesystem import open_file
 from drorae.data.readers.folder import is_candidate_name
+from drorae.data.readers.labels import Stated, is_label_file, path_key, stated_by_files
 from drorae.data.readers.ranges import Span, read_spans
 from drorae.data.readers.tar_members import (
     Entry,
@@ -68,26 +73,68 @@ def list_tar(uri: str, name: str, rule: ReadRule) -> Listing:
         Images with the label that is stated beside them; nothing is derived from folders.
 
     Raises:
+        ValueError: A label file inside is damaged.
         RuntimeError: An object store refused or did not answer.
     """
     members, labels = Members(), {}
+    files: dict[str, bytes] = {}
     try:
         with open_file(uri, READ_AHEAD_BYTES) as file:
-            _read(file, uri, rule, members, labels)
+            _read(file, uri, rule, members, labels, files)
     except Exception as error:
         if not is_damage(error, uri):
             raise
         members.damage = members.damage or f"cannot be read: {reason_of(error)}"
-    return _listing(uri, name, rule, members, labels)
+    try:
+        stated = stated_by_files(files, rule)
+    except ValueError as error:
+        raise ValueError(f"in {uri!r}: {error}") from error
+    found = _listing(uri, name, rule, members, labels)
+    return _labelled(found, name, stated) if stated.decides else found
 
 
-def _read(file: Any, uri: str, rule: ReadRule, members: Members, labels: dict[str, Label]) -> None:
+def _labelled(found: Listing, name: str, stated: Stated) -> Listing:
+    """The listing with the labels of label files in the archive, unless members state others."""
+    paths = [key.removeprefix(f"{printable(name)}/") for key in found.table["key"].to_pylist()]
+    if found.has_stated_labels:
+        text = "label files in the archive are not read, because members beside the images state"
+        return replace(found, notes=(*found.notes, Note(f"{text} labels", is_doubtful=True)))
+    keys = [path_key(path) for path in paths]
+    codes = np.arange(len(keys))
+    texts = [stated.label_of.get(key, "") for key in keys]
+    found = replace(
+        found,
+        table=with_values(found.table, "class_name", codes, texts),
+        notes=(*stated.notes, *stated.absent(paths), *found.notes),
+        has_stated_labels=True,
+    )
+    is_bad = np.array([key in stated.rejects for key in keys], bool)
+    rejects = [
+        (f"{printable(name)}/{path}", f"has no label: {stated.rejects[key]}")
+        for path, key in zip(paths, keys, strict=True)
+        if key in stated.rejects
+    ]
+    found = replace(found, table=found.table.filter(pa.array(~is_bad)).combine_chunks())
+    found.rejects.extend(rejects)
+    return found
+
+
+def _read(
+    file: Any,
+    uri: str,
+    rule: ReadRule,
+    members: Members,
+    labels: dict[str, Label],
+    files: dict[str, bytes],
+) -> None:
     """Walk the archive; labels are read where they lie, those behind links afterwards."""
     same: dict[Label, Label] = {}
 
     def read_label(member: str, place: Place) -> None:
         labels.pop(member, None)
-        if is_label_member(member, rule) and not is_hidden(member):
+        if is_label_file(member) and not is_hidden(member) and place.size_bytes <= MAX_LABEL_BYTES:
+            files[member] = read_place(file, place)
+        elif is_label_member(member, rule) and not is_hidden(member):
             label = _label(file, member, place, rule)
             if label:
                 labels[member] = same.setdefault(label, label)

@@ -430,3 +430,26 @@ def test_any_damage_gives_rejects_or_good_rows(tmp_path: Path):
         add(archive, "2.png", type=tarfile.SYMTYPE, linkname="1.png")
         archive.fileobj.write(old_gnu_sparse("3.png", [(0, 8)], 99, b"Q" * 8))
     check_damage(list_tar, tmp_path / NAME, (tmp_path / NAME).read_bytes(), {})
+
+
+def test_label_files_inside_state_labels(tmp_path: Path):
+    names = [f"00000/{number}.png" for number in range(3)]
+    pairs = json.dumps({"labels": [[names[0], 3], [names[1], 1], [names[2], [1]]]}).encode()
+    with tarfile.open(tmp_path / NAME, "w") as archive:
+        for number, name in enumerate(names):
+            add(archive, name, b"%d" % number)
+        add(archive, "dataset.json", pairs)
+    listing = listing_of(tmp_path / NAME)
+    assert [c.class_name for c in to_candidates(listing.table)] == ["3", "1"]
+    assert listing.has_stated_labels
+    assert "has no label: label '[1]'" in str(reasons(listing))
+
+
+def test_labels_beside_images_come_before_label_files(tmp_path: Path):
+    with tarfile.open(tmp_path / NAME, "w") as archive:
+        add(archive, "0.png", b"0")
+        add(archive, "0.cls", b"7")
+        add(archive, "metadata.csv", b"file_name,label\n0.png,5\n")
+    listing = listing_of(tmp_path / NAME)
+    assert [c.class_name for c in to_candidates(listing.table)] == ["7"]
+    assert "label files in the archive are not read" in listing.notes[-1].text
