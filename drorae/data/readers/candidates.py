@@ -36,6 +36,10 @@ LISTING_SCHEMA = pa.schema(
 """Columns of a listing, as in `Candidate`."""
 
 
+SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN"})
+"""Of macOS in archives, of Synology (previews of every picture), and of Windows."""
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One image of a source, not yet read."""
@@ -212,6 +216,11 @@ def is_image_name(name: str) -> bool:
     """Whether a file name looks like an image; hidden files (`.x`, `._x.jpg`) do not."""
     base = name.rpartition("/")[2]
     return not base.startswith(".") and splitext(base)[1].lower() in IMAGE_SUFFIXES
+
+
+def is_hidden_name(part: str) -> bool:
+    """Whether a file or folder is hidden, or is what a system adds to the folders of its users."""
+    return part.startswith(".") or part in SYSTEM_FOLDERS
 
 
 def printable(name: str) -> str:

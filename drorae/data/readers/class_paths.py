@@ -157,6 +157,9 @@ def _splits(counts: Counts, notes: list[Note]) -> dict[str, str]:
     if not split_of:
         return {}
     others = tops.total() - sum(tops[top] for top in split_of)
+    is_exact = all(map(split_of_word, split_of))
+    if not is_exact and not _is_few(others, tops.total()):
+        return {}
     if others * 2 > tops.total():
         text = f"folders {', '.join(split_of)} are read as classes, because most images lie in none"
         notes.append(Note(printable(text + " of them"), is_doubtful=True))
@@ -170,8 +173,7 @@ def _splits(counts: Counts, notes: list[Note]) -> dict[str, str]:
         f"{top} is {split_of[top] if split_of[top] != 'test' else 'left out'} ({tops[top]} images)"
         for top in split_of
     )
-    is_doubtful = not all(map(split_of_word, split_of))
-    notes.append(Note(printable(f"splits are folders: {told}"), is_doubtful))
+    notes.append(Note(printable(f"splits are folders: {told}"), is_doubtful=not is_exact))
     return split_of
 
 
@@ -238,7 +240,10 @@ def _note_depth(counts: Counts, places: Mapping[Parts, Place], notes: list[Note]
     """Tell a class of most images that lie in several folders: they could be classes."""
     for top, count in _tops(counts).most_common(1):
         deeper = _tops(_below(counts, (top,)))
-        is_class = any(p and p[0] == top and place.class_name for p, place in places.items())
+        is_class = any(
+            p and p[0] == top and place.class_name == _class_name(top)
+            for p, place in places.items()
+        )
         if is_class and count * 2 > sum(counts.values()) and len(deeper) > 1:
             text = f"class {top!r} has most images, in {len(deeper)} folders of its own, which are"
             text += " no classes; to make them classes, set shard.source to that folder"

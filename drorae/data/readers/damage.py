@@ -11,7 +11,7 @@ import zlib
 
 import pyarrow as pa
 
-from drorae.data.readers.candidates import Note, printable
+from drorae.data.readers.candidates import Note, is_hidden_name, printable
 from drorae.data.readers.filesystem import is_remote
 
 MAX_IMAGE_BYTES = 1 << 30
@@ -72,8 +72,8 @@ def reason_of(error: Exception) -> str:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a member or a folder around it is hidden, or is what macOS adds to archives."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
+    """Whether a member or a folder around it is hidden."""
+    return any(map(is_hidden_name, path.split("/")))
 
 
 def note_of_hidden(count: int) -> tuple[Note, ...]:

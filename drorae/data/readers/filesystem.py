@@ -13,6 +13,7 @@ from typing import Any
 
 import fsspec
 
+from drorae.data.readers.candidates import is_hidden_name
 from drorae.store import s3
 from drorae.store.errors import clear_errors, is_s3
 from drorae.store.patience import patiently
@@ -189,7 +190,7 @@ def _walk_local(
         yield prefix.rstrip("/"), f"folder cannot be read: {error.strerror}"
         return
     for number, entry in enumerate(entries, 1):
-        if not entry.name.startswith("."):
+        if not is_hidden_name(entry.name):
             yield from _walk_entry(entry, f"{prefix}{entry.name}", parents)
         on_progress(number, len(entries))
 
@@ -255,4 +256,4 @@ def objects_on_s3(
 
 
 def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
+    return any(map(is_hidden_name, name.split("/")))

@@ -26,6 +26,7 @@ from drorae.data.readers.candidates import (
 from drorae.data.readers.damage import is_damage, reason_of
 from drorae.data.readers.filesystem import open_file
 from drorae.data.readers.parquet_labels import (
+    INDEX_COLUMN,
     Labels,
     column_of,
     field_of,
@@ -90,7 +91,7 @@ def list_parquet(uri: str, name: str, rule: ReadRule) -> Listing:
         table,
         rejects,
         class_names if is_stated else (),
-        notes=tuple(_notes(rule, label_column, partition, class_names)),
+        notes=tuple(_notes(rule, schema.names, label_column, partition, class_names)),
         has_stated_labels=is_stated,
     )
 
@@ -131,7 +132,11 @@ def _label_column(schema: pa.Schema, rule: ReadRule) -> str | None:
 
 
 def _notes(
-    rule: ReadRule, label_column: str | None, partition: str | None, class_names: Sequence[str]
+    rule: ReadRule,
+    columns: Sequence[str],
+    label_column: str | None,
+    partition: str | None,
+    class_names: Sequence[str],
 ) -> Iterator[Note]:
     """What was decided about the labels of a file."""
     if label_column is not None:
@@ -141,7 +146,12 @@ def _notes(
         yield Note(f"labels are the folders '{rule.label_column}=...' of the tables", True)
     elif rule.label_column is not None:
         text = f"there is no column {rule.label_column!r} and none that could hold labels"
-        yield Note(f"{text}, so images have none; shard.label_column names it")
+        others = [name for name in columns if name not in (rule.image_column, INDEX_COLUMN)]
+        if others:
+            text += f" (it has {printable(', '.join(others))})"
+        yield Note(
+            f"{text}, so images have none; shard.label_column names it", is_doubtful=bool(others)
+        )
 
 
 def _labels(

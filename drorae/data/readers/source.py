@@ -240,7 +240,7 @@ def _parts(
         except ValueError as error:
             if not others_hold_images:
                 raise
-            return Listing(joined([]), [(printable(name), str(error))])
+            return Listing(joined([]), [(printable(name), str(error).replace(uri, name))])
         except Exception as error:
             if is_remote(uri) and _is_of_store(error):
                 raise

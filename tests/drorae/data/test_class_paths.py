@@ -148,11 +148,14 @@ def test_splits_with_the_same_other_words_are_read_and_told(names: tuple[str, st
     assert set(found.values()) == {"train:sea", "train:ice", "val:sea", "val:ice"}
     assert f"{train} is train" in "".join(doubts(*paths))
     assert f"{val} is val" in "".join(doubts(*paths))
+    assert "folders of its own" not in "".join(doubts(*paths))
 
 
 def test_classes_with_words_of_splits_and_others_are_classes() -> None:
     found = read("passenger train/1.png", "crash test/2.png")
     assert set(found.values()) == {":passenger train", ":crash test"}
+    found = read(*(f"{name}/1.png" for name in ("train1", "test2", "x1", "x2")))
+    assert set(found.values()) == {":train1", ":test2", ":x1", ":x2"}
 
 
 def test_folders_of_what_belongs_to_images_are_told() -> None:

@@ -283,6 +283,7 @@ def test_tables_of_captions_beside_tars_are_rejects_and_told(tmp_path: Path) -> 
     assert listing.class_names == ("cat", "dog")
     assert len(listing) == 4
     assert [key for key, _ in listing.rejects] == ["00000.parquet", "00001.parquet"]
+    assert str(tmp_path) not in str(listing.rejects)
     assert "2 of 4 containers hold no image" in doubts(listing)
 
 
@@ -318,3 +319,16 @@ def test_tables_beside_images_without_labels_are_told(tmp_path: Path) -> None:
     listing = read(tmp_path)
     assert listing.class_names == ("all",)
     assert "if trainLabels.csv holds them, set shard.label_file" in doubts(listing)
+
+
+def test_folders_that_systems_add_hold_no_images(tmp_path: Path) -> None:
+    names = ["cat/1.png", "cat/@eaDir/1.png/thumb.png", "dog/1.png", "$RECYCLE.BIN/1.png"]
+    write(tmp_path / "tree", [*names, "__MACOSX/dog/1.png"])
+    write_tar(tmp_path / "set.tar", names)
+    assert list(found(read(tmp_path / "tree"))) == ["cat/1.png", "dog/1.png"]
+    assert list(found(read(tmp_path / "set.tar"))) == ["set.tar/cat/1.png", "set.tar/dog/1.png"]
+
+
+def test_columns_that_could_not_be_read_as_labels_are_told(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [PICTURE], "labels": [[1]]}), tmp_path / "a.parquet")
+    assert "(it has labels), so images have none" in doubts(read(tmp_path))
