@@ -45,7 +45,7 @@ def test_empty_grid_and_wrong_label_count_are_refused() -> None:
 
 
 def test_any_name_fits_beside_a_picture() -> None:
-    names = ["a" * 500, "\u6f22\u5b57", "two\nlines", "caf\u00e9", "\ud800", "\x00"]
+    names = ["a" * 500, "\u6f22\u5b57", "two\nlines", "\u00e9t\u00e9", "\ud800", "\x00"]
     picture = image_grid([tiles(1)] * len(names), row_labels=names)
     assert picture.shape[1] < 64 + 500
     drawn = image_grid([tiles(1)] * 2, row_labels=["a" * 37 + "...", "two lines"])
