@@ -74,7 +74,7 @@ def check_classes(full: FullJob, shards: Counted | None, stage: str) -> None:
     if len(names) != num_classes:
         raise ValueError(
             f"{_describe(names)}, but {stage}.model.num_classes={num_classes}: expected the same "
-            f"number. Run with --set {stage}.model.num_classes={len(names)}, or correct the source."
+            f"number. Run with {_settings(len(names))}, or correct the source."
         )
     empty = [
         n for n, images in zip(names, counts["train"]["class_rows"], strict=True) if not images
@@ -140,6 +140,12 @@ def reading_notes(shards: Counted) -> list[str]:
     """What was decided when the source was read, a line each; doubtful decisions are warnings."""
     reading = shards.read_json("counts.json").get("reading", ())
     return [note_line(note["text"], is_warning=note["is_doubtful"]) for note in reading]
+
+
+def _settings(num_classes: int) -> str:
+    """What sets the classes of every generator, since one alone would not do."""
+    stages = ("diffusion", "guide")
+    return " ".join(f"--set {stage}.model.num_classes={num_classes}" for stage in stages)
 
 
 def _describe(names: Sequence[str]) -> str:
