@@ -37,6 +37,8 @@ class JobSpec:
     """The full configuration as JSON."""
     input_keys: dict[str, str]
     """Key of every input, by stage name."""
+    asking: tuple[str, ...] = ()
+    """Stages of the run, which may ask something of the output."""
     sources: dict[str, str] = field(default_factory=dict)
     """Digest of what each image source contained when the run was planned, by its setting."""
     code_digest: str

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from drorae.config import override, to_json
 from drorae.data.jobs import ShardJob
+from drorae.recipes.data_check import Listed
 from pipelines import stages
 from pipelines.display import LINE_EVERY_S, BarDisplay
 from pipelines.inspect_display import print_inspection, print_problems
@@ -32,20 +33,6 @@ class ShardOnly:
 
     shard: ShardJob
     """What would be read."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Listed:
-    """Counts of a listed source, as the stages ask for them; see `drorae.recipes.data_check`."""
-
-    uri: str
-    """The source."""
-    counts: dict[str, Any]
-    """What `counts.json` would hold if no image were rejected."""
-
-    def read_json(self, name: str) -> Any:
-        """Counts."""
-        return self.counts
 
 
 def inspect(options: argparse.Namespace, console: Console) -> int:

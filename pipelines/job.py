@@ -6,6 +6,7 @@ builds the output once (drorae.store decides between reuse, waiting and work), a
 failed, 2 failed so that trying again cannot help, 143 ended by SIGTERM.
 """
 
+import functools
 import importlib
 import logging
 import os
@@ -22,7 +23,7 @@ from drorae.store.stage_work import drop_work_of_other_inputs
 from drorae.store.workspace import StageOutput, Workspace
 from pipelines import attempt as attempts
 from pipelines import children, ray_head
-from pipelines.stages import SOURCES
+from pipelines.stages import SOURCES, check_listed
 
 RAY_ADDRESS_PATH_VARIABLE = "DRORAE_RAY_ADDRESS_PATH"
 
@@ -45,7 +46,7 @@ def run_attempt(uri: str) -> attempts.JobResult:
         workspace,
         spec.stage,
         spec.key,
-        lambda: _build(spec, attempt, workspace, full.compute, sections),
+        lambda: _build(spec, attempt, workspace, full),
         manifest_fields=_manifest_fields(spec, attempt, full, sections),
         on_wait=lambda owner: log.info("waiting for %s, which builds this output now", owner),
         force=spec.force,
@@ -53,19 +54,18 @@ def run_attempt(uri: str) -> attempts.JobResult:
     return attempts.JobResult(outcome=outcome, uri=output.uri)
 
 
-def _build(
-    spec: attempts.JobSpec, attempt: int, workspace: Workspace, compute: Any, sections: dict
-) -> StageResult:
+def _build(spec: attempts.JobSpec, attempt: int, workspace: Workspace, full: Any) -> StageResult:
     ctx = StageContext(
         stage=spec.stage,
         key=spec.key,
         output_uri=workspace.stage_uri(spec.stage, spec.key),
         inputs={name: _input(workspace, name, key) for name, key in spec.input_keys.items()},
-        compute=compute,
+        compute=full.compute,
         workers=spec.workers,
         tracking_uri=spec.tracking_uri,
         tracking_run_id=spec.run_ids.get("mlflow"),
         attempt=attempt,
+        check_counts=functools.partial(check_listed, full, spec.stage, spec.asking),
     )
     drop_work_of_other_inputs(ctx)
     # Importing torch takes seconds in which the local Ray comes up; only then ask for its address.
@@ -73,7 +73,7 @@ def _build(
     address_path = os.environ.get(RAY_ADDRESS_PATH_VARIABLE)
     if address_path:
         os.environ["RAY_ADDRESS"] = ray_head.wait_for_address(Path(address_path))
-    return entry(ctx, **sections)
+    return entry(ctx, **{name: getattr(full, name) for name in spec.sections})
 
 
 def _input(workspace: Workspace, name: str, key: str) -> StageOutput:

@@ -196,6 +196,7 @@ class Session:
             config_type=f"{type(full).__module__}:{type(full).__qualname__}",
             config=to_json(full),
             input_keys=self.plan.input_keys(stage),
+            asking=tuple(asking.name for asking in self.plan.stages_to_run()),
             sources=stages.source_digests(full, stage, self.plan.sources),
             code_digest=entry_digest(stage.entry),
             force=step.state in ("forced", "code changed"),

@@ -15,6 +15,7 @@ from drorae.config import ACCELERATED, Resources, to_json
 from drorae.data.fingerprint import Fingerprint
 from drorae.recipes.data_check import (
     Counted,
+    Listed,
     check_classes,
     check_evaluation,
     check_validation,
@@ -272,6 +273,22 @@ def check_output(full: Any, name: str, output: Counted | None, asking: Sequence[
     for stage in asking:
         if name in stage.checks:
             stage.checks[name](full, output, stage.name)
+
+
+def check_listed(full: Any, name: str, asking: Sequence[str], counts: dict[str, Any]) -> None:
+    """Check what stage `name` is about to make, by the counts that it knows already.
+
+    Args:
+        full: The configuration.
+        name: Stage that makes the output.
+        asking: Names of the stages that will run.
+        counts: What its `counts.json` will hold if nothing is rejected.
+
+    Raises:
+        ValueError: If a stage could not work with it.
+    """
+    listed = Listed(uri=full.shard.source, counts=counts)
+    check_output(full, name, listed, [stage for stage in STAGES if stage.name in asking])
 
 
 def section_values(full: Any, stage: Stage) -> dict[str, Any]:

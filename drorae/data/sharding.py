@@ -62,12 +62,13 @@ def run_shard(
     Raises:
         FileNotFoundError: The source does not exist.
         ValueError: The source holds no usable training image, or no validation image although one
-            is asked for.
+            is asked for, or a later stage could not work with its classes.
         Fatal: The source changed meanwhile; the next run checks it anew.
     """
     candidates = Candidates.of(_list(ctx, shard), shard.seed, shard.val_fraction)
     checked = Checked(len(candidates.listing))
     chosen = _choose_both(shard, candidates, checked)
+    ctx.check_counts(_listed_counts(candidates, chosen))
     num_rounds = 0
     while any(len(choice.pending) for choice in chosen.values()):
         num_rounds += 1
@@ -247,11 +248,25 @@ def _bounds(sizes: np.ndarray, rows_per_shard: int) -> Iterator[tuple[int, int]]
         start = stop
 
 
-def _class_rows(parts: Sequence[ShardPart], num_classes: int) -> dict[str, Any]:
+def _listed_counts(candidates: Candidates, chosen: dict[str, Choice]) -> dict[str, Any]:
+    """What `counts.json` would hold if every image were good."""
+    names = candidates.listing.class_names
+    rows = {split: choice.rows for split, choice in chosen.items()}
+    counts = {
+        split: {"rows": len(r), **_class_rows(candidates.labels[r], len(names))}
+        for split, r in rows.items()
+    }
+    return {"class_names": list(names), **counts}
+
+
+def _class_rows(labels: np.ndarray, num_classes: int) -> dict[str, Any]:
     """Images of each class, by label, and those that have none."""
-    labels = np.concatenate([np.empty(0, np.int32), *(part.labels for part in parts)])
     rows = np.bincount(labels + 1, minlength=num_classes + 1).tolist()
     return {"class_rows": rows[1:], "unlabelled_rows": rows[0]}
+
+
+def _labels(parts: Sequence[ShardPart]) -> np.ndarray:
+    return np.concatenate([np.empty(0, np.int32), *(part.labels for part in parts)])
 
 
 def _finish(
@@ -267,7 +282,7 @@ def _finish(
             split: {
                 "rows": sum(rows),
                 "shards": rows,
-                **_class_rows(parts[split], len(listing.class_names)),
+                **_class_rows(_labels(parts[split]), len(listing.class_names)),
             }
             for split, rows in shards.items()
         },

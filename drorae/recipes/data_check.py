@@ -1,17 +1,25 @@
 """What the stages ask of the shards, checked before any of them trains.
 
-Each function is named in the stage table (pipelines/stages.py) and is called twice: when a run is
-planned, and again as soon as stage `shard` is done. It reads `counts.json` only, whose size grows
-with classes and shards, not with images.
+Each function is named in the stage table (pipelines/stages.py) and is called three times: when a
+run is planned, as soon as stage `shard` has listed the source, and again when it is done. It reads
+`counts.json` only, whose size grows with classes and shards, not with images.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from drorae.recipes.full import FullJob
 from drorae.store.context import note_line
 
-__all__ = ["Counted", "check_classes", "check_evaluation", "check_validation", "reading_notes"]
+__all__ = [
+    "Counted",
+    "Listed",
+    "check_classes",
+    "check_evaluation",
+    "check_validation",
+    "reading_notes",
+]
 
 UNLABELLED = ["all"]
 """Classes of a source that states none (drorae.data.readers.candidates)."""
@@ -29,6 +37,20 @@ class Counted(Protocol):
     def read_json(self, name: str) -> Any:
         """Content of `counts.json`."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listed:
+    """Counts of a source that was only listed."""
+
+    uri: str
+    """The source."""
+    counts: dict[str, Any]
+    """What `counts.json` would hold if no image were rejected."""
+
+    def read_json(self, name: str) -> Any:
+        """Counts."""
+        return self.counts
 
 
 def check_classes(full: FullJob, shards: Counted | None, stage: str) -> None:
@@ -52,7 +74,7 @@ def check_classes(full: FullJob, shards: Counted | None, stage: str) -> None:
     if len(names) != num_classes:
         raise ValueError(
             f"{_describe(names)}, but {stage}.model.num_classes={num_classes}: expected the same "
-            f"number. Run with --set {stage}.model.num_classes={len(names)}, or correct the source."
+            f"number. Run with {_settings(len(names))}, or correct the source."
         )
     empty = [
         n for n, images in zip(names, counts["train"]["class_rows"], strict=True) if not images
@@ -118,6 +140,12 @@ def reading_notes(shards: Counted) -> list[str]:
     """What was decided when the source was read, a line each; doubtful decisions are warnings."""
     reading = shards.read_json("counts.json").get("reading", ())
     return [note_line(note["text"], is_warning=note["is_doubtful"]) for note in reading]
+
+
+def _settings(num_classes: int) -> str:
+    """What sets the classes of every generator, since one alone would not do."""
+    stages = ("diffusion", "guide")
+    return " ".join(f"--set {stage}.model.num_classes={num_classes}" for stage in stages)
 
 
 def _describe(names: Sequence[str]) -> str:

@@ -24,9 +24,8 @@ def smoke() -> FullJob:
     Data: 2,000 training and 400 held-out CIFAR-10 photos of 32 px, shown to the encoder at 112 px.
     Encoder: DINOv2 ViT-S/14 fine-tuned for saliency (asset `dinov2-s-saliency`), 12 layers, 8 x 8
     tokens.
-    Result, measured 2026-11-24 with `make demo`: RAE 16.4 dB, fusion 19.7, finetune 22.4, control
-    16.9; Frechet distance 4916 of a fresh generator, 3594 with AutoGuidance; 7 minutes on two
-    cores, 6.8 GB at the peak.
+    Result, measured 2026-11-25 with `make demo`: RAE 16.4 dB, fusion 19.9, finetune 22.5, control
+    17.0; Frechet distance 4837 of a fresh generator, 3584 with AutoGuidance. Time: README.
     Guidance is stronger than the paper's 1.5 because the generator sees 17,600 latents in all.
     """
     return FullJob(

@@ -7,6 +7,7 @@ a later attempt needs under `work_uri`, and returns a `StageResult`. It commits 
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +25,10 @@ log = logging.getLogger(__name__)
 PROGRESS_NAME = "progress.json"
 PROGRESS_EVERY_S = 2.0
 PROGRESS_PAUSE_S = 15.0  # after a write that failed: an absent store costs every try up to 20 s
+
+
+def allow_any(counts: dict[str, Any]) -> None:
+    """A `StageContext.check_counts` that refuses nothing."""
 
 
 def note_line(text: str, *, is_warning: bool) -> str:
@@ -65,6 +70,9 @@ class StageContext:
     """MLflow run of this stage."""
     attempt: int = 1
     """Which attempt this is, from 1."""
+    check_counts: Callable[[dict[str, Any]], None] = allow_any
+    """Raises ValueError if a later stage of the run could not work with what this one is about to
+    make; the stage calls it as soon as it knows the numbers of its `counts.json`."""
     _progress_start: tuple[float, float] | None = field(default=None, init=False, repr=False)
     _progress_unit: str = field(default="", init=False, repr=False)
     _progress_written_s: float = field(default=float("-inf"), init=False, repr=False)

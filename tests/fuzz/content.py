@@ -12,7 +12,7 @@ from drorae.data.readers.source import list_source, read_records
 LIMITS = ImageLimits(min_side_px=1, max_aspect_ratio=100.0, max_pixels=1_000_000)
 """Limits of the pictures that are written here, with room."""
 
-MEMORY_WORDS = ("MemoryError", "malloc", "realloc", "more memory", "allocat")
+MEMORY_WORDS = ("MemoryError", "malloc", "realloc", "more memory", "allocation", "allocate")
 """What a reason says when memory ended: a few kB of input must not need much."""
 
 

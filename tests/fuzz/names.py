@@ -12,7 +12,7 @@ BODIES = (
     "a",
     "ab",
     "x" * 60,
-    "caf\u00e9",
+    "café",
     "cafe\u0301",
     "\u732b",
     "a b",

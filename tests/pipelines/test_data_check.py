@@ -1,7 +1,9 @@
 """What the data lack is said by `drorae plan`, and by a run before anything trains."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -176,3 +178,27 @@ def test_a_kernel_distance_needs_two_images(
     words = ["plan", "--set", "evaluate.kid_subset=1", "--workspace", str(tmp_path)]
     assert cli.main(words) == 2
     assert "evaluate.kid_subset=1 is out of range: expected at least 2" in capsys.readouterr().err
+
+
+def test_a_class_too_many_ends_the_stage_before_it_decodes_an_image(tmp_path: Path) -> None:
+    source = make_photos(tmp_path / "photos", classes=11)
+    overrides = (f"shard.source={source}", "shard.val_fraction=0.3", *SMALL)
+    full = make_plan(Request(overrides=overrides, workspace=str(tmp_path))).full
+    ctx = StageContext(
+        stage="shard",
+        key="key",
+        output_uri=str(tmp_path / "shard"),
+        check_counts=functools.partial(stages.check_listed, full, "shard", ["diffusion"]),
+    )
+
+    def nobody(*_: object) -> NoReturn:
+        pytest.fail("an image was asked for")
+
+    with pytest.raises(ValueError, match=r"11 classes .* diffusion.model.num_classes=10"):
+        run_shard(ctx, shard=full.shard, executor=nobody)
+
+
+def test_a_run_of_the_shards_alone_asks_nothing_of_their_classes(tmp_path: Path) -> None:
+    full = make_plan(Request(workspace=str(tmp_path), only="shard")).full
+    counts = {"class_names": ["cat"], "train": {"rows": 1, "class_rows": [1]}, "val": {"rows": 0}}
+    stages.check_listed(full, "shard", ["shard"], counts)

@@ -140,7 +140,9 @@ def _stated_count(file: Any) -> int:
 def _label_file(archive: zipfile.ZipFile, info: zipfile.ZipInfo, uri: str) -> bytes:
     reason = f"it has {info.file_size} bytes, more than {MAX_LABEL_BYTES >> 20} MiB"
     try:
-        if info.file_size <= MAX_LABEL_BYTES:
+        if info.header_offset + info.compress_size > archive.start_dir:
+            reason = "its stated length does not fit into the archive"
+        elif info.file_size <= MAX_LABEL_BYTES:
             with archive.open(info) as file:
                 return file.read(MAX_LABEL_BYTES)
     except Exception as error:

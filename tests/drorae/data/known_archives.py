@@ -132,7 +132,7 @@ def backslashes_in_a_zip(root: Path) -> Wanted:
 @case(ARCHIVES)
 def utf8_names_without_the_flag(root: Path) -> Wanted:
     """Training in a zip of macOS, validation in folders in the other form of Unicode."""
-    names = ["caf\u00e9/0.png", "th\u00e9/1.png"]
+    names = ["café/0.png", "thé/1.png"]
     members = {name: fakes.picture(number) for number, name in enumerate(names)}
     fakes.zipped(root / "a.zip", members, without_flag=True)
     apart = [unicodedata.normalize("NFD", name) for name in names]
@@ -140,11 +140,9 @@ def utf8_names_without_the_flag(root: Path) -> Wanted:
     return Wanted(
         source="a.zip",
         settings={"val_source": str(root / "val")},
-        class_names=("caf\u00e9", "th\u00e9"),
+        class_names=("café", "thé"),
         train=numbered({f"train/a.zip/{name}": name.split("/")[0] for name in names}),
-        val=numbered(
-            dict(zip((f"val/{name}" for name in apart), ("caf\u00e9", "th\u00e9"), strict=True)), 2
-        ),
+        val=numbered(dict(zip((f"val/{name}" for name in apart), ("café", "thé"), strict=True)), 2),
     )
 
 
