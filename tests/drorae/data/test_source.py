@@ -1,4 +1,6 @@
 import io
+import json
+import re
 import tarfile
 import unicodedata
 import zipfile
@@ -271,3 +273,14 @@ def test_a_store_that_fails_ends_the_reading(monkeypatch, error: Exception) -> N
     use_reader(monkeypatch, {"tar": failing(error)})
     with pytest.raises(type(error)):
         list(read_records(candidates(["a", "bad"])))
+
+
+def test_an_error_of_a_part_names_the_whole_source(tmp_path: Path) -> None:
+    for part, names in (("a", ["cat", "dog"]), ("b", ["bird", "cow"]), ("c", None)):
+        table = pa.table({"image": [PICTURE] * 2, "label": [0, 1]})
+        if names:
+            feature = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+            table = table.replace_schema_metadata({"huggingface": json.dumps(feature)})
+        pq.write_table(table, tmp_path / f"{part}.parquet")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        list_source(str(tmp_path))
