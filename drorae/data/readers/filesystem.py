@@ -98,7 +98,11 @@ def read_content(uri: str, start: int = 0, end: int | None = None) -> bytes:
             file_system, path = _remote(uri)
             return patiently(lambda: file_system.cat_file(path, **limits))
     with open(uri, "rb", buffering=0) as file:
-        return file.read() if end is None else os.pread(file.fileno(), end - start, start)
+        if end is None:
+            return file.read()
+        # A damaged length must not reserve memory for what is not there.
+        end = min(end, os.fstat(file.fileno()).st_size)
+        return os.pread(file.fileno(), max(end - start, 0), start)
 
 
 def _patient(file: Any, uri: str) -> Any:

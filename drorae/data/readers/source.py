@@ -79,7 +79,10 @@ def list_source(
         FileNotFoundError: The source does not exist.
         ValueError: Nothing in it looks like an image, or its labels cannot be understood.
     """
-    listing = complete(_list_any(expanduser(uri), rule or ReadRule(), on_progress))
+    try:
+        listing = complete(_list_any(expanduser(uri), rule or ReadRule(), on_progress))
+    except ValueError as error:
+        raise _of_source(error, uri) from error
     if not len(listing):
         reasons = "; ".join(f"{key}: {reason}" for key, reason in listing.rejects[:5])
         raise ValueError(
@@ -87,6 +90,12 @@ def list_source(
             "files, .tar, .zip or .parquet files. Correct shard.source."
         )
     return listing
+
+
+def _of_source(error: ValueError, uri: str) -> ValueError:
+    """The same error, with the source in its text."""
+    text = str(error)
+    return error if uri in text or repr(uri) in text else ValueError(f"source {uri!r}: {text}")
 
 
 def check_source(uri: str) -> None:

@@ -1,4 +1,6 @@
 import io
+import json
+import re
 import tarfile
 import unicodedata
 import zipfile
@@ -332,3 +334,14 @@ def test_folders_that_systems_add_hold_no_images(tmp_path: Path) -> None:
 def test_columns_that_could_not_be_read_as_labels_are_told(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [PICTURE], "labels": [[1]]}), tmp_path / "a.parquet")
     assert "(it has labels), so images have none" in doubts(read(tmp_path))
+
+
+def test_an_error_of_a_part_names_the_whole_source(tmp_path: Path) -> None:
+    for part, names in (("a", ["cat", "dog"]), ("b", ["bird", "cow"]), ("c", None)):
+        table = pa.table({"image": [PICTURE] * 2, "label": [0, 1]})
+        if names:
+            feature = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+            table = table.replace_schema_metadata({"huggingface": json.dumps(feature)})
+        pq.write_table(table, tmp_path / f"{part}.parquet")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        list_source(str(tmp_path))
