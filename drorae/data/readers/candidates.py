@@ -17,6 +17,9 @@ from drorae.data.formats import IMAGE_SUFFIXES
 UNLABELLED = "all"
 """Class name of a source that has no classes."""
 
+MAX_DIGITS = 100
+"""Longest number that is one; longer ones are names."""
+
 _REPEATED = pa.dictionary(pa.int32(), pa.string())
 
 LISTING_SCHEMA = pa.schema(
@@ -234,9 +237,14 @@ def group_by_container(candidates: Sequence[Candidate]) -> Iterator[tuple[str, l
             start = stop
 
 
+def is_number(name: str) -> bool:
+    """Whether the name of a class is a number; Python refuses to read the longest ones."""
+    return name.isdecimal() and len(name) <= MAX_DIGITS
+
+
 def sort_class_names(names: Iterable[str]) -> list[str]:
     """Class names in label order: by value when all are numbers, else by code point."""
     unique = set(names)
-    if all(name.isdecimal() for name in unique):
+    if all(is_number(name) for name in unique):
         return sorted(unique, key=lambda name: (int(name), name))
     return sorted(unique)
