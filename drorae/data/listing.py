@@ -87,6 +87,9 @@ def _with_own_labels(listing: Listing, job: ShardJob) -> Listing:
             raise
         # Folders that are no classes: the file names the classes itself.
         listing = labelled_by_file(listing, labels, "shard.label_file", (), splits)
+        text = f"shard.label_file has labels that are none of the {len(known)} classes found "
+        text += "without it, so it names the classes itself; correct it if it should not"
+        listing = replace(listing, notes=(*listing.notes, Note(text, is_doubtful=True)))
         known = ()
     return replace(listing, class_names=known or training_classes(listing.table))
 

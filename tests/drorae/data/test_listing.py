@@ -100,6 +100,7 @@ def test_a_label_file_wins_over_folders_that_are_no_classes(tmp_path: Path) -> N
     (tmp_path / "labels.txt").write_text("1.png rose\n2.png tulip\n")
     listing = list_images(job(tree, label_file=str(tmp_path / "labels.txt")))
     assert listing.class_names == ("rose", "tulip")
+    assert "none of the 2 classes found without it" in doubts(listing)
 
 
 def test_positions_in_a_label_file_count_the_sorted_folders(tmp_path: Path) -> None:
