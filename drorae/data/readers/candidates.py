@@ -54,11 +54,11 @@ class Candidate:
     container: str
     """URI or path of the file that holds it, or of the folder in which the file lies."""
     index: int = 0
-    """Byte offset (tar), row (parquet, cifar) or unused."""
+    """Byte offset (tar, zip), row (parquet, cifar) or unused."""
     size_bytes: int = 0
-    """Length in bytes (tar) or unused."""
+    """Bytes stored in the container (tar, zip) or unused."""
     member: str = ""
-    """Name inside the container (file, zip) or column (parquet)."""
+    """Name inside the container (file, zip), map of a sparse member (tar) or column (parquet)."""
     unit: int = 0
     """Rows of one unit of a container are only read together: its row group (parquet), or 0."""
 
@@ -90,8 +90,6 @@ class ReadRule:
     (`label`; `meta.label` leads into inner objects); None: the known ones."""
     classes_from: Literal["auto", "folders", "archives", "none"] = "auto"
     """What names the class where no label is stated."""
-    label_file: str | None = None
-    """A file of labels for images that lie flat; None: there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,12 +218,6 @@ def is_image_name(name: str) -> bool:
 def printable(name: str) -> str:
     """A file name as valid Unicode: bytes that are none are shown as escapes."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def first_folder(relative: str) -> str:
-    """First folder of a relative path, empty when the file lies at the top."""
-    head, sign, _ = relative.partition("/")
-    return head if sign else ""
 
 
 def group_by_container(candidates: Sequence[Candidate]) -> Iterator[tuple[str, list[Candidate]]]:
