@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from drorae.data.essentials import Essentials, essentials
 from drorae.data.formats import format_of, other_content
+from drorae.data.jobs import ShardJob
 from drorae.data.orientation import orientation_of, upright
 from drorae.data.png_chunks import has_all_pixels
 
@@ -60,6 +61,15 @@ class ImageLimits:
     """Largest allowed longer side / shorter side."""
     max_pixels: int
     """Largest allowed width * height, checked before any pixel is decoded (decompression bombs)."""
+
+    @classmethod
+    def of(cls, job: ShardJob) -> "ImageLimits":
+        """Limits of a job."""
+        return cls(
+            min_side_px=job.min_side_px,
+            max_aspect_ratio=job.max_aspect_ratio,
+            max_pixels=job.max_pixels,
+        )
 
 
 ANY_SIZE = ImageLimits(min_side_px=1, max_aspect_ratio=math.inf, max_pixels=1 << 31)

@@ -19,6 +19,8 @@ MAX_SCANS = 200
 MAX_FRAMES_COUNTED = 1000
 """Where counting the frames of an animation stops."""
 
+_MARKER = re.compile(rb"\xff[^\xff]")
+"""A marker of JPEG, behind any padding."""
 _STANDALONE = {0x00, 0x01, *range(0xD0, 0xD9)}
 """Markers of JPEG without a length, and the zero after an escaped 0xFF."""
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
@@ -62,7 +64,8 @@ def _jpeg(data: bytes) -> Essentials:
     while at + 4 <= len(data):
         marker = data[at + 1]
         if data[at] != 0xFF or marker == 0xFF:  # junk or padding between segments
-            at += 1
+            found = _MARKER.search(data, at)
+            at = found.start() if found else len(data)
             continue
         if marker in _STANDALONE:
             at += 2
@@ -107,7 +110,8 @@ def _png(data: bytes) -> Essentials:
 def _webp(data: bytes) -> Essentials:
     kept, exif, xmp, at = [], b"", b"", 12
     size, frames = None, 0
-    while at + 8 <= len(data):
+    stop = min(len(data), 8 + struct.unpack_from("<I", data, 4)[0])  # behind it lies no picture
+    while at + 8 <= stop:
         kind, length = struct.unpack_from("<4sI", data, at)
         chunk = data[at : at + 8 + length + length % 2]
         if kind == b"EXIF":
@@ -150,7 +154,9 @@ def _gif(data: bytes) -> Essentials:
             at += 11 + _colour_table_bytes(data[at + 9])
         elif data[at] == 0x21:
             at += 2
-        else:  # the end, or bytes between the blocks
+        elif data[at] == 0x3B:  # the end: bytes behind it are no frames
+            break
+        else:  # bytes between the blocks
             at += 1
             continue
         while at < len(data) and data[at]:

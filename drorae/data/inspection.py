@@ -127,7 +127,7 @@ def inspect_source(
     images = look_at(
         candidates,
         choose_sample(candidates, num_images),
-        limits=_limits(job),
+        limits=ImageLimits.of(job),
         side_px=job.resolution_px,
         crop=job.crop,
         kept_px=kept_px,
@@ -153,14 +153,6 @@ def inspect_source(
         sample=sample,
     )
     return inspection, images
-
-
-def _limits(job: ShardJob) -> ImageLimits:
-    return ImageLimits(
-        min_side_px=job.min_side_px,
-        max_aspect_ratio=job.max_aspect_ratio,
-        max_pixels=job.max_pixels,
-    )
 
 
 def _places(listing: Listing) -> tuple[Place, ...]:

@@ -68,7 +68,8 @@ class ShardJob:
     """Labels of images that lie flat: lines `NAME LABEL`, or a CSV file with a header. A label is a
     class name, or the number of a class in sorted order from 0."""
     val_label_file: str | None = None
-    """The same for `val_source`; ImageNet's own validation images need it."""
+    """The same for validation images, in `val_source` or in a folder `val` of `source`; ImageNet's
+    own need it."""
     seed: int = 0
     """Seed of the order, the split and the choice under a cap."""
 

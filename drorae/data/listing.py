@@ -22,6 +22,7 @@ from drorae.data.readers.candidates import (
     with_values,
 )
 from drorae.data.readers.completing import (
+    ASK_FOR_VAL_LABELS,
     check_val_classes,
     split_values,
     training_classes,
@@ -68,7 +69,6 @@ def read_rule(job: ShardJob) -> ReadRule:
         image_key=job.image_key,
         label_key=job.label_key,
         classes_from=job.classes_from,
-        label_file=job.label_file,
     )
 
 
@@ -87,6 +87,9 @@ def _with_own_labels(listing: Listing, job: ShardJob) -> Listing:
             raise
         # Folders that are no classes: the file names the classes itself.
         listing = labelled_by_file(listing, labels, "shard.label_file", (), splits)
+        text = f"shard.label_file has labels that are none of the {len(known)} classes found "
+        text += "without it, so it names the classes itself; correct it if it should not"
+        listing = replace(listing, notes=(*listing.notes, Note(text, is_doubtful=True)))
         known = ()
     return replace(listing, class_names=known or training_classes(listing.table))
 
@@ -102,11 +105,14 @@ def _with_val_labels(val: Listing, job: ShardJob, known: Sequence[str]) -> Listi
                 f"shard.val_label_file={job.val_label_file!r} is given, but shard.source has no "
                 "images of its own for validation: expected a folder `val` or shard.val_source."
             )
+        # What was said of the images before the file was read holds no longer.
+        notes = tuple(note for note in val.notes if not note.text.endswith(ASK_FOR_VAL_LABELS))
+        val = replace(val, notes=notes)
         return labelled_by_file(val, labels, "shard.val_label_file", known, splits)
     if job.val_source is None or val.class_names != (UNLABELLED,) or UNLABELLED in known:
         return val
     codes = np.zeros(len(val), np.int64)
-    text = f"its {len(val)} images have no labels; shard.val_label_file names a file of them"
+    text = f"its {len(val)} images have no labels; {ASK_FOR_VAL_LABELS}"
     notes = (*val.notes, Note(text, is_doubtful=True))
     return replace(val, table=with_values(val.table, "class_name", codes, [""]), notes=notes)
 

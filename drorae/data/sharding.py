@@ -143,7 +143,7 @@ def _check(
         lambda: ((chunk, {}) for chunk in candidates.chunks(pending, rows)),
     )
     rule = PictureRule(
-        pictures=job.pictures, side_px=job.resolution_px, crop=job.crop, limits=_limits(job)
+        pictures=job.pictures, side_px=job.resolution_px, crop=job.crop, limits=ImageLimits.of(job)
     )
     results = map_shards(
         tasks,
@@ -165,14 +165,6 @@ def _forget_checks(ctx: StageContext) -> None:
     for name in files.list_files(done_uri):
         if name.startswith("check-"):
             files.delete(files.join(done_uri, name))
-
-
-def _limits(job: ShardJob) -> ImageLimits:
-    return ImageLimits(
-        min_side_px=job.min_side_px,
-        max_aspect_ratio=job.max_aspect_ratio,
-        max_pixels=job.max_pixels,
-    )
 
 
 def _packs_uri(ctx: StageContext) -> str:
@@ -291,7 +283,7 @@ def _finish(
         "resolution_px": job.resolution_px,
         "pictures": job.pictures,
         "crop": job.crop,
-        "limits": to_json(_limits(job)),
+        "limits": to_json(ImageLimits.of(job)),
         "source_images": len(listing),
         "reading": [{"text": n.text, "is_doubtful": n.is_doubtful} for n in listing.notes],
         "source_digest": _digest_of(listing.table["key"]),

@@ -17,6 +17,9 @@ from drorae.data.formats import IMAGE_SUFFIXES
 UNLABELLED = "all"
 """Class name of a source that has no classes."""
 
+MAX_DIGITS = 100
+"""Longest number that is one; longer ones are names."""
+
 _REPEATED = pa.dictionary(pa.int32(), pa.string())
 
 LISTING_SCHEMA = pa.schema(
@@ -55,11 +58,11 @@ class Candidate:
     container: str
     """URI or path of the file that holds it, or of the folder in which the file lies."""
     index: int = 0
-    """Byte offset (tar), row (parquet, cifar) or unused."""
+    """Byte offset (tar, zip), row (parquet, cifar) or unused."""
     size_bytes: int = 0
-    """Length in bytes (tar) or unused."""
+    """Bytes stored in the container (tar, zip) or unused."""
     member: str = ""
-    """Name inside the container (file, zip) or column (parquet)."""
+    """Name inside the container (file, zip), map of a sparse member (tar) or column (parquet)."""
     unit: int = 0
     """Rows of one unit of a container are only read together: its row group (parquet), or 0."""
 
@@ -91,8 +94,6 @@ class ReadRule:
     (`label`; `meta.label` leads into inner objects); None: the known ones."""
     classes_from: Literal["auto", "folders", "archives", "none"] = "auto"
     """What names the class where no label is stated."""
-    label_file: str | None = None
-    """A file of labels for images that lie flat; None: there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,12 +229,6 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def first_folder(relative: str) -> str:
-    """First folder of a relative path, empty when the file lies at the top."""
-    head, sign, _ = relative.partition("/")
-    return head if sign else ""
-
-
 def group_by_container(candidates: Sequence[Candidate]) -> Iterator[tuple[str, list[Candidate]]]:
     """Runs of neighbouring candidates of one container, in order."""
     start = 0
@@ -243,9 +238,14 @@ def group_by_container(candidates: Sequence[Candidate]) -> Iterator[tuple[str, l
             start = stop
 
 
+def is_number(name: str) -> bool:
+    """Whether the name of a class is a number; Python refuses to read the longest ones."""
+    return name.isdecimal() and len(name) <= MAX_DIGITS
+
+
 def sort_class_names(names: Iterable[str]) -> list[str]:
     """Class names in label order: by value when all are numbers, else by code point."""
     unique = set(names)
-    if all(name.isdecimal() for name in unique):
+    if all(is_number(name) for name in unique):
         return sorted(unique, key=lambda name: (int(name), name))
     return sorted(unique)

@@ -7,7 +7,14 @@ the numbers fit, they count it; else there is no right reading.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from drorae.data.readers.candidates import Listing, Note, dictionary_of, printable, with_values
+from drorae.data.readers.candidates import (
+    Listing,
+    Note,
+    dictionary_of,
+    is_number,
+    printable,
+    with_values,
+)
 
 __all__ = ["with_shared_names"]
 
@@ -55,7 +62,7 @@ def _labels(listing: Listing) -> set[str]:
 
 def _has_numbers_only(listing: Listing) -> bool:
     labels = _labels(listing)
-    is_numbered = bool(labels) and all(text.isdecimal() for text in labels)
+    is_numbered = bool(labels) and all(is_number(text) for text in labels)
     return is_numbered and listing.has_stated_labels and not listing.class_names
 
 

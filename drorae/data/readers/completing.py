@@ -33,6 +33,7 @@ MISSING_WORDS = frozenset({"none", "null", "nan", "n/a", "<na>", "undefined"})
 
 NO_LABEL = "has no label although others have"
 SAME_KEY = "another image has this name"
+ASK_FOR_VAL_LABELS = "shard.val_label_file names a file of them"
 
 
 def complete(listing: Listing) -> Listing:
@@ -109,8 +110,8 @@ def _label_all(listing: Listing) -> Listing:
     notes = list(listing.notes)
     if not listing.has_stated_labels and is_val.any() and is_missing[is_val].all():
         is_missing &= ~is_val
-        text = f"{int(is_val.sum())} validation images have no labels; shard.val_label_file names "
-        notes.append(Note(f"{text}a file of them", is_doubtful=True))
+        text = f"{int(is_val.sum())} validation images have no labels; "
+        notes.append(Note(text + ASK_FOR_VAL_LABELS, is_doubtful=True))
     if is_missing.any():
         text = f"{int(is_missing.sum())} images have no label although others have: left out"
         notes.append(Note(text, is_doubtful=True))

@@ -204,8 +204,10 @@ def _walk_entry(
 ) -> Iterator[tuple[str, str]]:
     if entry.is_symlink() and not os.path.exists(entry.path):
         yield name, "broken symbolic link"
-    elif not entry.is_dir():  # known from the listing of its folder: no request a file
+    elif entry.is_file():  # known from the listing of its folder: no request a file
         yield name, ""
+    elif not entry.is_dir():  # whoever opens a pipe waits for its other end
+        yield name, "a device, a pipe or a socket, not a file"
     else:
         target = os.path.realpath(entry.path)
         if target in parents:

@@ -18,7 +18,13 @@ from posixpath import splitext
 import numpy as np
 import pyarrow as pa
 
-from drorae.data.readers.candidates import Listing, Note, dictionary_of, with_values
+from drorae.data.readers.candidates import (
+    Listing,
+    Note,
+    dictionary_of,
+    is_number,
+    with_values,
+)
 from drorae.data.readers.class_paths import described
 from drorae.data.readers.completing import without_rows
 from drorae.data.readers.filesystem import read_content
@@ -185,7 +191,7 @@ def _classes(labels: Mapping[str, str], setting: str, known: Sequence[str]) -> d
     if not known:
         return dict(labels)
     names = set(known)
-    are_numbers = all(name.isdecimal() for name in names)
+    are_numbers = all(is_number(name) for name in names)
     found = {name: _class(label, names, known, are_numbers) for name, label in labels.items()}
     unknown = sorted({labels[name] for name, label in found.items() if labels[name] and not label})
     if unknown:
@@ -202,5 +208,5 @@ def _class(label: str, names: set[str], known: Sequence[str], are_numbers: bool)
     word = label.split(" ", 1)[0]
     if label in names or word in names:
         return label if label in names else word
-    is_position = label.isdecimal() and not are_numbers and int(label) < len(known)
+    is_position = is_number(label) and not are_numbers and int(label) < len(known)
     return known[int(label)] if is_position else ""

@@ -44,7 +44,7 @@ NAME_COLUMN = "file_name"
 """Column of a metadata file that names the image, relative to the metadata file (datasets 4,
 ImageFolder)."""
 
-WHOLE_NUMBER = re.compile(r"(-?\d+)(\.0*)?")
+WHOLE_NUMBER = re.compile(r"(-?\d{1,100})(\.0*)?")
 """A whole number as tables are written: 6, 6.0, -1."""
 
 Entry = tuple[str, Any]
@@ -95,6 +95,8 @@ def label_text(value: Any) -> str:
         return unicodedata.normalize("NFC", printable(value.strip("\ufeff \t\r\n\0")))
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise BadLabel(f"label {printable(str(value)[:40])!r} is no name and no number")
+    if isinstance(value, int):  # which may be too large for a float
+        return "" if value < 0 else str(value)
     if math.isnan(value):
         return ""
     if math.isinf(value) or value != math.floor(value):

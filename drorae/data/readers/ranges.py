@@ -4,12 +4,14 @@ Neighbouring ranges of a file become one request; nothing is read ahead beyond t
 read are those wanted and small gaps. Memory: `READ_THREADS` requests, whatever the number of spans.
 """
 
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from drorae.data.readers.filesystem import read_content
+from drorae.data.readers.damage import MAX_IMAGE_BYTES, TOO_LONG
+from drorae.data.readers.filesystem import is_remote, read_content
 
 READ_THREADS = 16
 """Requests at the same time: an image folder on S3 answers in about 150 ms a file."""
@@ -83,12 +85,19 @@ def _read_group(group: list[Span]) -> list[bytes | OSError]:
     first = group[0]
     try:
         if first.size_bytes is None:
-            return [read_content(first.uri)]
+            return [_whole(first.uri)]
         data = memoryview(read_content(first.uri, first.start, max(s.end for s in group)))
     except OSError as error:
         # A container that ends early must not spoil the ranges before its end.
         return [error] if len(group) == 1 else [_read_group([span])[0] for span in group]
     return [_cut(data, span, first.start) for span in group]
+
+
+def _whole(uri: str) -> bytes:
+    """A file that is no longer than a picture can be."""
+    if not is_remote(uri) and os.path.getsize(uri) > MAX_IMAGE_BYTES:
+        raise OSError(TOO_LONG)
+    return read_content(uri)
 
 
 def _cut(data: memoryview, span: Span, offset: int) -> bytes | OSError:

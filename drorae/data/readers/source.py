@@ -54,6 +54,7 @@ READERS: dict[str, Callable[[Sequence[Candidate]], Iterator[Record]]] = {
 }
 
 BESIDE_CONTAINERS = "lies beside containers that hold most images"
+HOLDS_NONE = "holds no image"
 BESIDE_PICTURES = "holds {} images, but most lie beside it as files: set shard.source to it alone"
 
 
@@ -203,9 +204,11 @@ def _list_mixed(
     if pictures > in_parts:
         files = [name for name in names if not is_container_name(name)]
         found = assemble([Part("", list_folder(root, files, rule))], rule)
-        left_out = [
-            (printable(part.name), BESIDE_PICTURES.format(len(part.listing))) for part in parts
-        ]
+        left_out = []
+        for part in parts:
+            reason = BESIDE_PICTURES.format(len(part.listing))
+            whole = [(printable(part.name), reason)] if len(part.listing) else []
+            left_out += whole or part.listing.rejects or [(printable(part.name), HOLDS_NONE)]
         text += "the pictures are read; "
     else:
         found = assemble(parts, rule)

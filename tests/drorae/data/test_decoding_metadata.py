@@ -180,6 +180,18 @@ def test_frames_without_end_are_not_counted_to_the_end():
         decode_image(b"GIF89a\x14\0\x12\0\0\0\0" + frame * 1_000_000, LIMITS)
 
 
+@pytest.mark.parametrize("name", ["GIF", "WEBP", "PNG", "JPEG"])
+def test_bytes_behind_a_picture_do_not_matter(name: str):
+    data = encoded(pixels(0), name)
+    for junk in (b"\0," * 40, b"<!-- appended by a web server -->"):
+        np.testing.assert_array_equal(decoded(data + junk), decoded(data))
+
+
+def test_long_junk_between_the_segments_of_a_jpeg_costs_no_time():
+    padded = JPEG[:2] + b"\xff" * 50_000_000 + JPEG[2:]
+    np.testing.assert_array_equal(decoded(padded), decoded(JPEG))
+
+
 def test_pages_that_refer_to_each_other_end():
     data = bytearray(tiff("<", (20, 18), bytes(360)))
     (count,) = struct.unpack_from("<H", data, 8)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from drorae.data.readers.candidates import ReadRule
+from drorae.data.readers.candidates import ReadRule, sort_class_names
 from drorae.data.readers.labels import (
     BadLabel,
     Stated,
@@ -60,6 +60,13 @@ def test_cells_of_text_that_are_whole_numbers_lose_their_decimals() -> None:
     assert [cell_label(text) for text in ("6.0", "10", "-1", "007", "v1.5", "")] == [
         *("6", "10", "", "007", "v1.5", "")
     ]
+
+
+def test_numbers_of_any_length_are_labels_and_can_be_sorted() -> None:
+    long = "1" * 5000
+    assert label_text(10**400) == str(10**400)
+    assert cell_label(f"-{long}") == f"-{long}"
+    assert sort_class_names([long, "2"]) == [long, "2"]
 
 
 def test_names_of_label_files_are_known_in_every_folder() -> None:

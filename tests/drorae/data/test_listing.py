@@ -70,7 +70,9 @@ def test_a_label_file_labels_flat_validation(tmp_path: Path, text: str) -> None:
     tree = write(tmp_path / "tree", "train/cat/1.png", "train/dog/2.png", "val/3.png")
     (tmp_path / "val.txt").write_text(text)
     file = str(tmp_path / "val.txt")
-    assert classes(list_images(job(tree, val_label_file=file)), "val") == {"val/3.png": "dog"}
+    listing = list_images(job(tree, val_label_file=file))
+    assert classes(listing, "val") == {"val/3.png": "dog"}
+    assert not doubts(listing)
     apart = job(tree / "train", val_source=str(tree / "val"), val_label_file=file)
     listing = list_images(apart)
     assert classes(listing, "val") == {"val/3.png": "dog"}
@@ -100,6 +102,7 @@ def test_a_label_file_wins_over_folders_that_are_no_classes(tmp_path: Path) -> N
     (tmp_path / "labels.txt").write_text("1.png rose\n2.png tulip\n")
     listing = list_images(job(tree, label_file=str(tmp_path / "labels.txt")))
     assert listing.class_names == ("rose", "tulip")
+    assert "none of the 2 classes found without it" in doubts(listing)
 
 
 def test_positions_in_a_label_file_count_the_sorted_folders(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import io
+import os
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -10,6 +11,7 @@ from data_fakes import encoded, make_folder, pixels
 from drorae.data.assets.substitutes import write_sheets
 from drorae.data.readers.candidates import Candidate, Listing, to_candidates
 from drorae.data.readers.cifar import list_cifar
+from drorae.data.readers.damage import MAX_IMAGE_BYTES, TOO_LONG
 from drorae.data.readers.filesystem import read_content
 from drorae.data.readers.source import list_source, read_records
 from drorae.store import s3
@@ -73,6 +75,24 @@ def test_symbolic_link_loops_and_broken_links_are_reported(tmp_path: Path):
     assert ("cat/again", "symbolic link loop") in listing.rejects
     assert ("cat/gone.png", "broken symbolic link") in listing.rejects
     assert keys_of(listing) == ["bird/000.png", "cat/000.png", "dog/000.png"]
+
+
+def test_a_pipe_is_reported_and_not_waited_for(tmp_path: Path):
+    root = make_folder(tmp_path / "photos", per_class=1)
+    os.mkfifo(root / "cat" / "pipe.png")
+    rejects = list_source(str(root)).rejects
+    assert rejects == [("cat/pipe.png", "a device, a pipe or a socket, not a file")]
+
+
+def test_a_file_longer_than_any_picture_is_not_read(tmp_path: Path):
+    root = make_folder(tmp_path / "photos", per_class=1)
+    (root / "cat" / "backup").touch()
+    os.truncate(root / "cat" / "backup", MAX_IMAGE_BYTES + 1)
+    records = {
+        r.candidate.key: r for r in read_records(to_candidates(list_source(str(root)).table))
+    }
+    assert records["cat/backup"].error == f"cannot be read: {TOO_LONG}"
+    assert records["cat/000.png"].data
 
 
 def test_file_name_that_is_no_unicode_is_readable(tmp_path: Path):

@@ -345,3 +345,13 @@ def test_an_error_of_a_part_names_the_whole_source(tmp_path: Path) -> None:
         pq.write_table(table, tmp_path / f"{part}.parquet")
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         list_source(str(tmp_path))
+
+
+def test_tables_without_the_image_column_beside_a_picture_say_so(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [0, 1, 0])
+    write(tmp_path, ["preview.png"])
+    listing = read(tmp_path, image_column="img")
+    assert len(listing) == 1
+    ((key, reason),) = listing.rejects
+    assert key == "a.parquet"
+    assert "no column 'img'" in reason
