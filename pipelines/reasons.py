@@ -33,6 +33,9 @@ def why_missing(
         workspace: Where the lists of files of earlier sources are kept.
         earlier: Manifests of its outputs, the latest last.
     """
+    absent = [path for path, found in sources.items() if found.is_unseen]
+    if absent:
+        return f"{', '.join(absent)} cannot be seen from here; a run needs it"
     if not earlier:
         return "never built here"
     last = earlier[-1]

@@ -145,7 +145,9 @@ def _register_heif() -> None:
     try:
         import pillow_heif  # pyright: ignore[reportMissingImports]  # an optional extra
     except ImportError:
-        raise BadImage("HEIC needs the extra drorae[formats]: pip install pillow-heif") from None
+        raise BadImage(
+            "HEIC needs the extra drorae[formats]: pip install pillow-heif, then --force shard"
+        ) from None
     pillow_heif.register_heif_opener()
 
 

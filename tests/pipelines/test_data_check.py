@@ -202,3 +202,13 @@ def test_a_run_of_the_shards_alone_asks_nothing_of_their_classes(tmp_path: Path)
     full = make_plan(Request(workspace=str(tmp_path), only="shard")).full
     counts = {"class_names": ["cat"], "train": {"rows": 1, "class_rows": [1]}, "val": {"rows": 0}}
     stages.check_listed(full, "shard", ["shard"], counts)
+
+
+def test_a_plan_says_which_source_cannot_be_seen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    source = tmp_path / "nowhere"
+    words = ["plan", "--recipe", "smoke", "--set", f"shard.source={source}"]
+    assert cli.main([*words, "--workspace", str(tmp_path)]) == 0
+    assert "shard.source cannot be seen from here; a run needs it" in capsys.readouterr().out

@@ -4,6 +4,7 @@ A failure is damage of a file, which is a reject, or a store that does not answe
 of the images and ends the stage.
 """
 
+import errno
 import struct
 import tarfile
 import zipfile
@@ -52,6 +53,17 @@ _OF_CONTENT = (
 """What parsers raise on damaged input, whatever they mean by it."""
 
 
+_OF_MACHINE = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN}
+)
+"""Too many open files, a network file system that went away, and the like."""
+
+
+def is_of_machine(error: BaseException) -> bool:
+    """Whether a failure says that this machine is in trouble, and nothing of the file."""
+    return isinstance(error, OSError) and error.errno in _OF_MACHINE
+
+
 def is_damage(error: Exception, uri: str) -> bool:
     """Whether a failure while a file was read is about its content; else it is to be raised.
 
@@ -59,6 +71,8 @@ def is_damage(error: Exception, uri: str) -> bool:
         error: The failure.
         uri: The file. A local one that cannot be read is damaged too.
     """
+    if is_of_machine(error):
+        return False
     if not is_remote(uri) or isinstance(error, _OF_CONTENT):
         return True
     # pyarrow reports damaged pages so; errors of a store have a class or a number.

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from drorae.data.readers.damage import MAX_IMAGE_BYTES, TOO_LONG
+from drorae.data.readers.damage import MAX_IMAGE_BYTES, TOO_LONG, is_of_machine
 from drorae.data.readers.filesystem import is_remote, read_content
 
 READ_THREADS = 16
@@ -46,6 +46,7 @@ def read_spans(spans: Sequence[Span]) -> Iterator[bytes | OSError]:
     """Content of each span in order, or why it cannot be read.
 
     Raises:
+        OSError: This machine is in trouble (too many open files, say), not the file.
         RuntimeError: An object store refused or did not answer.
     """
     groups = _neighbours(spans)
@@ -88,6 +89,8 @@ def _read_group(group: list[Span]) -> list[bytes | OSError]:
             return [_whole(first.uri)]
         data = memoryview(read_content(first.uri, first.start, max(s.end for s in group)))
     except OSError as error:
+        if is_of_machine(error):
+            raise
         # A container that ends early must not spoil the ranges before its end.
         return [error] if len(group) == 1 else [_read_group([span])[0] for span in group]
     return [_cut(data, span, first.start) for span in group]

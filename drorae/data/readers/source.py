@@ -21,6 +21,7 @@ from drorae.data.readers.candidates import (
 )
 from drorae.data.readers.cifar import list_cifar, read_cifar
 from drorae.data.readers.completing import complete
+from drorae.data.readers.damage import is_of_machine
 from drorae.data.readers.filesystem import (
     LISTING_THREADS,
     ListingProgress,
@@ -200,6 +201,12 @@ def _list_mixed(
     parts = list(_parts(root, containers, rule, on_progress, others_hold_images=True))
     in_parts = sum(len(part.listing) for part in parts)
     pictures = sum(is_image_name(name) for name in names)
+    if not in_parts and pictures < len(parts):
+        raise ValueError(
+            f"{pictures} pictures lie beside {len(parts)} containers in which no image was found "
+            f"({_first_reason(parts)}): expected the one or the other. Correct what is said of the "
+            "containers, or set shard.source to the pictures alone."
+        )
     text = f"{pictures} pictures lie beside {len(parts)} containers with {in_parts} images: only "
     if pictures > in_parts:
         files = [name for name in names if not is_container_name(name)]
@@ -216,6 +223,11 @@ def _list_mixed(
         text += "the containers are read; "
     note = Note(f"{text}set shard.source to the part that is meant", is_doubtful=True)
     return _with_rejects(replace(found, notes=(note, *found.notes)), left_out)
+
+
+def _first_reason(parts: Sequence[Part]) -> str:
+    reasons = (reason for part in parts for _, reason in part.listing.rejects)
+    return next(reasons, "they are empty")
 
 
 def _beside_containers(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -254,7 +266,7 @@ def _parts(
                 raise
             return Listing(joined([]), [(printable(name), str(error).replace(uri, name))])
         except Exception as error:
-            if is_remote(uri) and _is_of_store(error):
+            if is_of_machine(error) or (is_remote(uri) and _is_of_store(error)):
                 raise
             reason = f"cannot be listed: {type(error).__name__}: {error}"
             return Listing(joined([]), [(printable(name), reason)])

@@ -1,12 +1,14 @@
+import errno
 import io
 import json
+import os
 import re
 import tarfile
 import unicodedata
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import fsspec
 import pyarrow as pa
@@ -14,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_fakes import encoded, pixels
 
-from drorae.data.readers import source
+from drorae.data.readers import ranges, source
 from drorae.data.readers.candidates import Candidate, Listing, ReadRule, Record, to_candidates
 from drorae.data.readers.source import list_source, read_records
 
@@ -355,3 +357,25 @@ def test_tables_without_the_image_column_beside_a_picture_say_so(tmp_path: Path)
     ((key, reason),) = listing.rejects
     assert key == "a.parquet"
     assert "no column 'img'" in reason
+
+
+def test_tables_of_another_column_are_not_replaced_by_a_preview(tmp_path: Path) -> None:
+    for number in range(3):
+        write_parquet(tmp_path / f"{number}.parquet", labels=None)
+    write(tmp_path, ["preview.jpg"])
+    with pytest.raises(ValueError, match=r"1 pictures lie beside 3 containers .*image_column"):
+        read(tmp_path, image_column="img")
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ESTALE])
+def test_trouble_of_the_machine_rejects_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    candidates = to_candidates(read(write(tmp_path, ["cat/1.png"])).table)
+
+    def in_trouble(*_: object) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(ranges, "read_content", in_trouble)
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        list(read_records(candidates))
