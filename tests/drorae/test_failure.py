@@ -88,3 +88,9 @@ def test_a_full_disk_is_still_final_after_its_way_through_a_record() -> None:
     assert is_final(raised)
     assert isinstance(raised.__cause__, OSError)
     assert raised.__cause__.errno == errno.ENOSPC
+
+
+def test_an_error_that_is_its_own_cause_ends() -> None:
+    error = ValueError("bad")
+    error.__cause__ = error
+    assert describe_failure(error).message == "bad"

@@ -84,7 +84,9 @@ def list_source(
     try:
         listing = complete(_list_any(expanduser(uri), rule or ReadRule(), on_progress))
     except ValueError as error:
-        raise _of_source(error, uri) from error
+        if uri in str(error) or repr(uri) in str(error):
+            raise
+        raise ValueError(f"source {uri!r}: {error}") from error
     if not len(listing):
         reasons = "; ".join(f"{key}: {reason}" for key, reason in listing.rejects[:5])
         raise ValueError(
@@ -92,12 +94,6 @@ def list_source(
             "files, .tar, .zip or .parquet files. Correct shard.source."
         )
     return listing
-
-
-def _of_source(error: ValueError, uri: str) -> ValueError:
-    """The same error, with the source in its text."""
-    text = str(error)
-    return error if uri in text or repr(uri) in text else ValueError(f"source {uri!r}: {text}")
 
 
 def check_source(uri: str) -> None:
