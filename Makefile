@@ -61,7 +61,7 @@ test-slow: $(STAMP) ## Only the tests that start real servers
 	$(BIN)/python -m pytest -m slow
 
 chaos: $(STAMP) ## Kill and stop processes of a running stage; a table of what came of it
-	$(BIN)/python -m tests.chaos --seed $(CHAOS_SEED) $(foreach name,$(CHAOS_ONLY),--only $(name))
+	$(BIN)/python -m tests.chaos $(CHAOS_FLAGS) --seed $(CHAOS_SEED) $(foreach name,$(CHAOS_ONLY),--only $(name))
 
 fuzz: $(STAMP) ## Good and damaged sources to every reader; ends with 1 if a picture or label is lost
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)

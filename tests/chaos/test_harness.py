@@ -104,6 +104,24 @@ def test_every_scenario_is_listed_with_its_meaning(capsys):
     assert all(len(line) > 20 for line in shown)
 
 
+@pytest.mark.parametrize(("bad_tries", "code"), [(0, 0), (1, 0), (2, 1)])
+def test_a_second_try_decides_and_both_are_shown(bad_tries, code, monkeypatch, capsys):
+    tries = []
+
+    def flaky(bench, row, numbers):
+        tries.append(numbers.random())
+        row.problems += ["late"] * (len(tries) <= bad_tries)
+
+    monkeypatch.setitem(SCENARIOS, "flaky", flaky)
+    # The harness handles SIGTERM and sets variables, in its own process.
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert main(["--only", "flaky", "--again"]) == code
+    table = capsys.readouterr().out.rpartition("| ---")[2]
+    assert table.count("| flaky") == len(tries) == 1 + (bad_tries > 0)
+    assert len(set(tries)) == 1  # the same moments
+
+
 def test_processes_are_found_and_ended():
     sleep = "[sys.executable, '-c', 'import time; time.sleep(60)']"
     code = f"import subprocess, sys; subprocess.run({sleep})"
