@@ -21,6 +21,8 @@ from drorae.store.patience import patiently
 LISTING_THREADS = 16
 """Folders or containers listed at the same time; listing waits for the store, not for a CPU."""
 
+AMBIGUOUS = "?versionId= or //, which S3 clients read in different ways"
+
 ListingProgress = Callable[[int, int], None]
 """Called with (folders or containers listed, in all)."""
 
@@ -164,7 +166,7 @@ def walk(
         RuntimeError: The object store refused or did not answer.
     """
     if is_remote(uri):
-        return _walk_remote(uri, on_progress), []
+        return _walk_remote(uri, on_progress)
     root = Path(uri)
     check_exists(uri)
     if not root.is_dir():
@@ -218,11 +220,17 @@ def _walk_entry(
 
 def _remote(uri: str) -> tuple[Any, str]:
     if is_s3(uri):
+        if not _is_unambiguous(uri.removeprefix("s3://").rstrip("/")):
+            raise ValueError(f"{uri!r} holds {AMBIGUOUS}: rename what lies there.")
         return s3.filesystem(), uri.removeprefix("s3://")
     return fsspec.core.url_to_fs(uri)
 
 
-def _walk_remote(uri: str, on_progress: ListingProgress) -> list[str]:
+def _is_unambiguous(key: str) -> bool:
+    return "?versionId=" not in key and "//" not in key and not key.startswith("/")
+
+
+def _walk_remote(uri: str, on_progress: ListingProgress) -> tuple[list[str], list[tuple[str, str]]]:
     if is_s3(uri):
         names = [name for name, _, _ in objects_on_s3(uri, on_progress)]
     else:
@@ -236,7 +244,12 @@ def _walk_remote(uri: str, on_progress: ListingProgress) -> list[str]:
             f"source {uri!r} does not exist or is empty: expected objects under that prefix. "
             "Correct shard.source, or AWS_ENDPOINT_URL and the keys."
         )
-    return sorted(name for name in names if not _is_hidden(name))
+    visible = sorted(name for name in names if not _is_hidden(name))
+    if not is_s3(uri):
+        return visible, []
+    unclear = [name for name in visible if not _is_unambiguous(name)]
+    refused = [(name, f"the key holds {AMBIGUOUS}: rename the object") for name in unclear]
+    return [name for name in visible if _is_unambiguous(name)], refused
 
 
 def objects_on_s3(
