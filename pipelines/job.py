@@ -46,7 +46,7 @@ def run_attempt(uri: str) -> attempts.JobResult:
         workspace,
         spec.stage,
         spec.key,
-        lambda: _build(spec, attempt, workspace, full),
+        lambda: _build(spec, attempt, workspace, full, sections),
         manifest_fields=_manifest_fields(spec, attempt, full, sections),
         on_wait=lambda owner: log.info("waiting for %s, which builds this output now", owner),
         force=spec.force,
@@ -54,7 +54,9 @@ def run_attempt(uri: str) -> attempts.JobResult:
     return attempts.JobResult(outcome=outcome, uri=output.uri)
 
 
-def _build(spec: attempts.JobSpec, attempt: int, workspace: Workspace, full: Any) -> StageResult:
+def _build(
+    spec: attempts.JobSpec, attempt: int, workspace: Workspace, full: Any, sections: dict
+) -> StageResult:
     ctx = StageContext(
         stage=spec.stage,
         key=spec.key,
@@ -73,7 +75,7 @@ def _build(spec: attempts.JobSpec, attempt: int, workspace: Workspace, full: Any
     address_path = os.environ.get(RAY_ADDRESS_PATH_VARIABLE)
     if address_path:
         os.environ["RAY_ADDRESS"] = ray_head.wait_for_address(Path(address_path))
-    return entry(ctx, **{name: getattr(full, name) for name in spec.sections})
+    return entry(ctx, **sections)
 
 
 def _input(workspace: Workspace, name: str, key: str) -> StageOutput:
